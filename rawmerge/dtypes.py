@@ -1,0 +1,69 @@
+"""The safetensors dtypes as one table; imports no torch.
+
+Source: safetensors 0.8 `Dtype` (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class StorageDtype:
+    """How one tensor's elements lie on disk.
+
+    Attributes:
+        code: the name in a safetensors header, case-sensitive.
+        bits: size of one element in bits.
+        torch_name: attribute of the torch module for dtypes that rawmerge computes with, else an empty string.
+    """
+
+    code: str
+    bits: int
+    torch_name: str = ""
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether a delta may be added to a tensor stored this way (plain float, not packed or scaled)."""
+        return bool(self.torch_name)
+
+    def byte_count(self, element_count: int) -> int:
+        """Return the bytes that `element_count` elements take, or -1 when they do not fill whole bytes."""
+        bits = self.bits * element_count
+        return -1 if bits % 8 else bits // 8
+
+
+DTYPES: Final = {
+    dtype.code: dtype
+    for dtype in (
+        StorageDtype("BOOL", 8),
+        StorageDtype("F4", 4),
+        StorageDtype("F6_E2M3", 6),
+        StorageDtype("F6_E3M2", 6),
+        StorageDtype("U8", 8),
+        StorageDtype("I8", 8),
+        StorageDtype("F8_E5M2", 8),
+        StorageDtype("F8_E4M3", 8),
+        StorageDtype("F8_E8M0", 8),
+        StorageDtype("F8_E4M3FNUZ", 8),
+        StorageDtype("F8_E5M2FNUZ", 8),
+        StorageDtype("I16", 16),
+        StorageDtype("U16", 16),
+        StorageDtype("F16", 16, "float16"),
+        StorageDtype("BF16", 16, "bfloat16"),
+        StorageDtype("I32", 32),
+        StorageDtype("U32", 32),
+        StorageDtype("F32", 32, "float32"),
+        StorageDtype("C64", 64),
+        StorageDtype("F64", 64, "float64"),
+        StorageDtype("I64", 64),
+        StorageDtype("U64", 64),
+    )
+}
+
+#: What `--dtype` accepts, and the storage dtype it means.
+OUTPUT_DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+#: What `--compute-dtype` accepts.
+COMPUTE_DTYPES: Final = ("float32", "float64")
