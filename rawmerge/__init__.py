@@ -1,0 +1,72 @@
+"""rawmerge folds PEFT adapters into base checkpoints, shard by shard, without PEFT and without building a model.
+
+    >>> import rawmerge
+    >>> summary = rawmerge.merge_adapter("base/", "adapter/", "merged/")  # doctest: +SKIP
+
+Names are loaded on first use, so that importing rawmerge costs next to nothing; torch is imported by a running
+merge only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from rawmerge._version import __version__
+
+if TYPE_CHECKING:
+    from rawmerge.api import inspect_path, merge_adapter, plan_merge
+    from rawmerge.engine import Progress
+    from rawmerge.errors import MergeError, Problem, RawmergeError, RefusedError, VerificationError
+    from rawmerge.inspection import Inspection
+    from rawmerge.merge_plan import MergePlan
+    from rawmerge.plan_json import format_plan, parse_plan
+    from rawmerge.run import MergeSummary, run_plan
+
+__all__ = [
+    "Inspection",
+    "MergeError",
+    "MergePlan",
+    "MergeSummary",
+    "Problem",
+    "Progress",
+    "RawmergeError",
+    "RefusedError",
+    "VerificationError",
+    "__version__",
+    "format_plan",
+    "inspect_path",
+    "merge_adapter",
+    "parse_plan",
+    "plan_merge",
+    "run_plan",
+]
+
+_HOMES = {
+    "Inspection": "inspection",
+    "MergeError": "errors",
+    "MergePlan": "merge_plan",
+    "MergeSummary": "run",
+    "Problem": "errors",
+    "Progress": "engine",
+    "RawmergeError": "errors",
+    "RefusedError": "errors",
+    "VerificationError": "errors",
+    "format_plan": "plan_json",
+    "inspect_path": "api",
+    "merge_adapter": "api",
+    "parse_plan": "plan_json",
+    "plan_merge": "api",
+    "run_plan": "run",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'rawmerge' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rawmerge.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,69 @@
+"""Edits of `config.json` that leave every other byte of it as it was.
+
+Re-serialising would change float spellings, escapes and key order that the base's author chose; so values are
+replaced in place, in the text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+CONFIG_NAME: Final = "config.json"
+_SPACE: Final = re.compile(r"[ \t\n\r]*")
+_DECODER: Final = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One key of one object in the text: its path, and where its value stands."""
+
+    path: tuple[str, ...]
+    start: int
+    end: int
+
+
+def replace_values(text: str, edits: Mapping[tuple[str, ...], Any]) -> str:
+    """Return `text` with the value at each path of keys replaced; paths that the text lacks are ignored.
+
+    Args:
+        text: a JSON object.
+        edits: path of keys from the top to the new value.
+    """
+    hits = [member for member in _members(text) if member.path in edits]
+    for member in sorted(hits, key=lambda hit: hit.start, reverse=True):
+        text = text[: member.start] + json.dumps(edits[member.path]) + text[member.end :]
+    return text
+
+
+def insert_value(text: str, key: str, value: Any) -> str:
+    """Return `text`, a JSON object, with one more member at the end of its top level."""
+    close = text.rindex("}")
+    body = text[:close].rstrip()
+    comma = "" if body.endswith("{") else ","
+    return f"{body}{comma}\n  {json.dumps(key)}: {json.dumps(value)}\n{text[close:]}"
+
+
+def _members(text: str) -> Iterator[_Member]:
+    yield from _object_members(text, _skip_space(text, 0), ())
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _object_members(text: str, position: int, path: tuple[str, ...]) -> Iterator[_Member]:
+    position = _skip_space(text, position + 1)
+    while text[position] != "}":
+        key, position = _DECODER.raw_decode(text, position)
+        start = _skip_space(text, _skip_space(text, position) + 1)
+        value, end = _DECODER.raw_decode(text, start)
+        yield _Member((*path, key), start, end)
+        if isinstance(value, dict):
+            yield from _object_members(text, start, (*path, key))
+        position = _skip_space(text, end)
+        position = _skip_space(text, position + 1) if text[position] == "," else position

@@ -1,0 +1,218 @@
+"""Which adapter tensor goes to which base tensor: every one of them is used, or the merge is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from rawmerge.adapter import Adapter
+from rawmerge.base_checkpoint import BaseCheckpoint
+from rawmerge.dtypes import DTYPES
+from rawmerge.errors import AdapterError, PlanError, Problem, ProblemCollector, UnsupportedAdapterError
+from rawmerge.formats.adapter_names import AdapterTensorName, describe_foreign, parse_adapter_name
+from rawmerge.merge_plan import AdapterUse, Update
+from rawmerge.methods import METHODS, lora
+from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError
+from rawmerge.naming import suggest
+from rawmerge.tensor_source import TensorSource
+
+#: Finding near misses compares names with names; past this many, one more suggestion tells nothing new.
+_MAX_SUGGESTIONS = 25
+_EMBEDDING_MODULES = ("embed_tokens", "lm_head")
+
+
+@dataclass(slots=True)
+class _Pair:
+    """The tensors of one module's LoRA pair, found so far: role to name."""
+
+    module_path: str
+    target: str
+    names: dict[str, AdapterTensorName] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Where the adapter's tensors go.
+
+    Attributes:
+        updates: base tensor name to the updates it gets, in order.
+        replacements: base tensor name to the adapter tensor that replaces it.
+        uses: every adapter tensor, in file order.
+    """
+
+    updates: Mapping[str, tuple[Update, ...]]
+    replacements: Mapping[str, TensorSource]
+    uses: tuple[AdapterUse, ...]
+
+
+def match_adapter(base: BaseCheckpoint, adapter: Adapter) -> Matches:
+    """Return where each adapter tensor goes.
+
+    Raises:
+        PlanError, AdapterError, UnsupportedAdapterError: with every tensor that finds no place, or does not fit.
+    """
+    matcher = _Matcher(base, adapter)
+    names = [parse_adapter_name(name) for name in adapter.tensors]
+    matcher.refuse_foreign(name for name in names if name.role == "foreign")
+    matcher.match_stored(name for name in names if name.role == "stored")
+    matcher.match_pairs(name for name in names if name.role not in {"stored", "foreign"})
+    matcher.problems.raise_if_any()
+    if not matcher.uses:
+        raise PlanError(Problem(str(adapter.weights.path), "tensors of a LoRA adapter", "no tensor at all"))
+    order = {name: place for place, name in enumerate(adapter.tensors)}
+    uses = tuple(sorted(matcher.uses, key=lambda use: order[use.name]))
+    return Matches(matcher.updates, matcher.replacements, uses)
+
+
+class _Matcher:
+    def __init__(self, base: BaseCheckpoint, adapter: Adapter) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.problems = ProblemCollector()
+        self.updates: dict[str, tuple[Update, ...]] = {}
+        self.replacements: dict[str, TensorSource] = {}
+        self.uses: list[AdapterUse] = []
+        self._suggestions = 0
+
+    def refuse_foreign(self, names: Iterable[AdapterTensorName]) -> None:
+        self.problems.add(UnsupportedAdapterError, (_foreign_problem(name.text) for name in names))
+
+    def match_stored(self, names: Iterable[AdapterTensorName]) -> None:
+        for name in names:
+            if not self._may_replace(name):
+                self.problems.add(UnsupportedAdapterError, [self._undeclared(name)])
+            elif problem := self._stored_problem(name):
+                self.problems.add(PlanError, [problem])
+            else:
+                self.replacements[name.target] = self.adapter.tensors[name.text]
+                self.uses.append(AdapterUse(name.text, "replaces", name.target))
+
+    def match_pairs(self, names: Iterable[AdapterTensorName]) -> None:
+        pairs = _group_pairs(names)
+        layout = _SquareLayout(self.base, self.adapter, pairs)
+        for pair in pairs:
+            if problem := _half_problem(pair):
+                self.problems.add(AdapterError, [problem])
+            elif problem := self._target_problem(pair):
+                self.problems.add(PlanError, [problem])
+            else:
+                self._add_update(pair, layout.is_transposed(pair.module_path))
+
+    def _add_update(self, pair: _Pair, square_is_transposed: bool | None) -> None:
+        config, path = self.adapter.config, pair.module_path
+        tensors = {role: self.adapter.tensors[name.text] for role, name in pair.names.items()}
+        facts = ModuleFacts(
+            base_shape=self.base.tensors[pair.target].shape,
+            rank=config.rank_of(path),
+            scaling=config.scaling_of(path),
+            square_is_transposed=square_is_transposed,
+        )
+        try:
+            settings = METHODS[lora.KIND].settings({role: at.shape for role, at in tensors.items()}, facts)
+        except ShapeMismatchError as error:
+            subject = pair.names[error.role].text if error.role in pair.names else pair.target
+            self.problems.add(PlanError, [Problem(subject, error.expected, error.found, error.hint)])
+            return
+        self.updates[pair.target] = (*self.updates.get(pair.target, ()), Update(lora.KIND, tensors, settings))
+        self.uses.extend(AdapterUse(name.text, "updates", pair.target) for name in pair.names.values())
+
+    def _may_replace(self, name: AdapterTensorName) -> bool:
+        saved = self.adapter.config.modules_to_save
+        # PEFT matches modules_to_save by plain suffix; a parameter may lie deeper in the saved module
+        parts = name.module_path.split(".")
+        above = [".".join(parts[: count + 1]) for count in range(len(parts))]
+        declared = any(path.endswith(module) for path in above for module in saved)
+        return declared or parts[-1] in _EMBEDDING_MODULES
+
+    def _undeclared(self, name: AdapterTensorName) -> Problem:
+        expected = "a tensor of a LoRA pair, or of a module in modules_to_save"
+        found = f"a tensor {name.parameter!r} of module {name.module_path!r}"
+        return Problem(name.text, expected, found, "this version does not merge it; nothing may be dropped")
+
+    def _stored_problem(self, name: AdapterTensorName) -> Problem | None:
+        source, base_source = self.adapter.tensors[name.text], self.base.tensors.get(name.target)
+        if base_source is None:
+            expected = f"a base tensor {name.target!r} that it replaces"
+            return Problem(name.text, expected, "none", self._suggest(name.target))
+        if source.shape != base_source.shape:
+            hint = "changed vocabularies and heads are not merged yet"
+            return Problem(name.text, f"the base's shape {list(base_source.shape)}", f"{list(source.shape)}", hint)
+        if not (DTYPES[source.dtype].is_mergeable and DTYPES[base_source.dtype].is_mergeable):
+            same = source.dtype == base_source.dtype
+            return None if same else Problem(name.text, f"dtype {base_source.dtype}", source.dtype)
+        return None
+
+    def _target_problem(self, pair: _Pair) -> Problem | None:
+        first = next(iter(pair.names.values())).text
+        base_source = self.base.tensors.get(pair.target)
+        if base_source is None:
+            expected = f"a base tensor {pair.target!r} for this pair"
+            return Problem(first, expected, "none", self._suggest(pair.target))
+        if not DTYPES[base_source.dtype].is_mergeable:
+            hint = "merge into the unquantised base"
+            return Problem(pair.target, "a plain float dtype (F64, F32, BF16, F16)", base_source.dtype, hint)
+        for name in pair.names.values():
+            dtype = self.adapter.tensors[name.text].dtype
+            if not DTYPES[dtype].is_mergeable:
+                return Problem(name.text, "a plain float dtype (F32, BF16, F16)", dtype)
+        return None
+
+    def _suggest(self, target: str) -> str:
+        self._suggestions += 1
+        return suggest(target, self.base.tensors) if self._suggestions <= _MAX_SUGGESTIONS else ""
+
+
+def _group_pairs(names: Iterable[AdapterTensorName]) -> list[_Pair]:
+    pairs: dict[tuple[str, bool], _Pair] = {}
+    for name in names:
+        key = (name.module_path, name.role.startswith("lora_embedding"))
+        pair = pairs.setdefault(key, _Pair(name.module_path, name.target))
+        pair.names[name.role] = name
+    return list(pairs.values())
+
+
+def _half_problem(pair: _Pair) -> Problem | None:
+    for roles in lora.PAIRS:
+        present = [role for role in roles if role in pair.names]
+        if len(present) == 1:
+            missing = next(role for role in roles if role not in pair.names)
+            hint = "the file is incomplete; save the adapter again"
+            return Problem(pair.names[present[0]].text, f"its partner {missing}", "none", hint)
+    return None
+
+
+def _foreign_problem(name: str) -> Problem:
+    expected = "a tensor of a LoRA pair, or of a module in modules_to_save"
+    return Problem(name, expected, describe_foreign(name), "this version does not merge it")
+
+
+class _SquareLayout:
+    """Which square weights are stored (in, out): by family, else by what the other modules show.
+
+    PEFT's `fan_in_fan_out` flag is that of the module it visited last, so alone it settles nothing for an adapter
+    that has modules of both layouts.
+    """
+
+    def __init__(self, base: BaseCheckpoint, adapter: Adapter, pairs: Iterable[_Pair]) -> None:
+        self.config = base.config
+        seen = set(_seen_layouts(base, adapter, pairs))
+        flag = adapter.config.fan_in_fan_out
+        # with the flag set and only transposed modules in sight (or neither), all are transposed; and conversely
+        self.by_evidence: bool | None = None if (not flag) in seen else flag
+
+    def is_transposed(self, module_path: str) -> bool | None:
+        by_family = self.config.is_conv1d(module_path)
+        return self.by_evidence if by_family is None else by_family
+
+
+def _seen_layouts(base: BaseCheckpoint, adapter: Adapter, pairs: Iterable[_Pair]) -> Iterator[bool]:
+    """Yield, for each pair on a weight that is not square, whether that is stored (in, out)."""
+    for pair in pairs:
+        base_source = base.tensors.get(pair.target)
+        if base_source is None or set(pair.names) != {"lora_a", "lora_b"}:
+            continue
+        shapes = [adapter.tensors[pair.names[role].text].shape for role in ("lora_b", "lora_a")]
+        if all(len(shape) == 2 for shape in shapes):
+            delta = (shapes[0][0], shapes[1][1])
+            if delta[0] != delta[1] and base_source.shape in (delta, delta[::-1]):
+                yield base_source.shape == delta[::-1]

@@ -1,0 +1,172 @@
+"""The plan of a merge as a value: one step per output tensor, and all else the output will hold.
+
+A plan is made from headers and configs alone, can be printed, saved as JSON, compared, and run by another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from rawmerge.formats.shard_header import LENGTH_PREFIX, TensorEntry
+from rawmerge.side_files import LeftOut, SideFile
+from rawmerge.tensor_source import TensorSource
+
+Setting: TypeAlias = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one adapter does to one tensor.
+
+    Attributes:
+        kind: a key of `rawmerge.methods.METHODS`.
+        tensors: role to the adapter tensor that plays it.
+        settings: the method's own numbers and switches.
+    """
+
+    kind: str
+    tensors: Mapping[str, TensorSource]
+    settings: Mapping[str, Setting]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepTensor:
+    """Copy a tensor's bytes, never decoded."""
+
+    entry: TensorEntry
+    source: TensorSource
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateTensor:
+    """Compute a tensor tile by tile: read, apply the updates in order, round once, write.
+
+    Without updates this is a cast to the entry's dtype.
+    """
+
+    entry: TensorEntry
+    source: TensorSource
+    updates: tuple[Update, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceTensor:
+    """Take a tensor from the adapter instead of the base, rounded to the entry's dtype."""
+
+    entry: TensorEntry
+    source: TensorSource
+
+
+Step: TypeAlias = KeepTensor | UpdateTensor | ReplaceTensor
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One output shard: its header, known before its first tensor, and its steps in file order."""
+
+    name: str
+    header_text: str
+    steps: tuple[Step, ...]
+
+    @property
+    def data_start(self) -> int:
+        """Offset in the file of the first tensor byte."""
+        return LENGTH_PREFIX.size + len(self.header_text.encode())
+
+    @property
+    def byte_count(self) -> int:
+        """Size of the whole file in bytes."""
+        return self.data_start + (self.steps[-1].entry.end if self.steps else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file that the plan was made from, and by what it is recognised at run time.
+
+    Attributes:
+        path: where it lies.
+        name: its file name, recorded in the output.
+        byte_count: its size.
+        header_sha256: SHA-256 of its header text.
+    """
+
+    path: str
+    name: str
+    byte_count: int
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A small text file of the output, such as the index or an edited config."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """The choices that decide the output's bytes.
+
+    Attributes:
+        compute_dtype: `float32` (bit-equal to PEFT) or `float64` (the same bytes on every machine).
+        output_dtype: `float32`, `bfloat16` or `float16` for all float tensors; empty to keep each tensor's own.
+    """
+
+    compute_dtype: str = "float32"
+    output_dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """What became of one adapter tensor: `updates` or `replaces` the named output tensor."""
+
+    name: str
+    use: str
+    tensor_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything that a merge will write.
+
+    Attributes:
+        options: the choices that were made.
+        base_root: the base's directory or file; adapter_root: the adapter's directory.
+        base_files: the base's shards; adapter_files: the adapter's tensor file.
+        base_config_sha256: SHA-256 of `config.json`, empty where the base has none.
+        adapter_config_sha256: SHA-256 of `adapter_config.json`.
+        shards: the output shards, in the order they are written.
+        written_files: index and edited config.
+        side_files: files copied from the base; left_out: files that are not, with the reasons.
+        adapter_uses: every adapter tensor and what became of it.
+        notes: what a user may want to know; never a lost delta.
+    """
+
+    options: MergeOptions
+    base_root: str
+    adapter_root: str
+    base_files: tuple[InputFile, ...]
+    adapter_files: tuple[InputFile, ...]
+    base_config_sha256: str
+    adapter_config_sha256: str
+    shards: tuple[ShardPlan, ...]
+    written_files: tuple[WrittenFile, ...]
+    side_files: tuple[SideFile, ...]
+    left_out: tuple[LeftOut, ...]
+    adapter_uses: tuple[AdapterUse, ...]
+    notes: tuple[str, ...]
+
+    def steps(self) -> Iterator[Step]:
+        """Yield every step, in the order in which tensors are written."""
+        for shard in self.shards:
+            yield from shard.steps
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes that the output takes, the merge record not counted."""
+        small = sum(len(file.text.encode()) for file in self.written_files)
+        sides = sum(file.byte_count for file in self.side_files)
+        return small + sides + sum(shard.byte_count for shard in self.shards)

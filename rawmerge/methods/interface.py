@@ -1,0 +1,89 @@
+"""What an adapter kind must offer: the extension point of rawmerge.
+
+Torch is named in annotations only, so that a plan can be made without importing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+
+class ShapeMismatchError(ValueError):
+    """A tensor's shape contradicts the base or its partner; fields as in `rawmerge.errors.Problem`."""
+
+    def __init__(self, role: str, expected: str, found: str, hint: str = "") -> None:
+        super().__init__(role, expected, found)
+        self.role = role
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFacts:
+    """What a method may know about a module when it is planned.
+
+    Attributes:
+        base_shape: shape of the base tensor.
+        rank: the rank that the config states for the module.
+        scaling: alpha / rank or what the config makes of it, dimensionless.
+        square_is_transposed: for a square weight, whether it is stored (in, out); None where that is undecidable.
+    """
+
+    base_shape: Shape
+    rank: int
+    scaling: float
+    square_is_transposed: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class TileContext:
+    """What a prepared update may know about the tensor that it will be applied to.
+
+    Attributes:
+        shape: shape of the base tensor.
+        compute_dtype: dtype of the delta's arithmetic.
+        rounding_dtype: dtype to which kinds that PEFT rounds twice round their delta first; None for none.
+    """
+
+    shape: Shape
+    compute_dtype: torch.dtype
+    rounding_dtype: torch.dtype | None
+
+
+class PreparedUpdate(Protocol):
+    """One update with its tensors in memory, ready for tiles in any order, from any thread."""
+
+    def apply(self, tile: torch.Tensor, first_row: int) -> None:
+        """Change `tile` in place.
+
+        Args:
+            tile: (rows, columns) of the base tensor seen as (shape[0], everything else), in compute dtype.
+            first_row: which row of the tensor the tile begins with.
+        """
+
+
+class Method(Protocol):
+    """One adapter kind."""
+
+    def settings(self, shapes: Mapping[str, Shape], facts: ModuleFacts) -> Mapping[str, bool | int | float | str]:
+        """Check shapes (role to shape) and return what `prepare` needs to know besides the tensors.
+
+        Raises:
+            ShapeMismatchError: a shape contradicts the base, the partner or the config.
+        """
+
+    def prepare(
+        self,
+        settings: Mapping[str, bool | int | float | str],
+        tensors: Mapping[str, torch.Tensor],
+        context: TileContext,
+    ) -> PreparedUpdate:
+        """Return the update, its tensors (role to tensor, dtype as stored) converted once."""

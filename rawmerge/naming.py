@@ -1,0 +1,47 @@
+"""From the adapter's names to the base's: exact names, and suggestions where nothing fits exactly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator
+from typing import Final
+
+_MAX_COMPARED: Final = 2000
+
+
+def near_misses(target: str, base_names: Collection[str]) -> list[str]:
+    """Return up to three base tensors that the adapter may have meant by `target`, likeliest first."""
+    found = list(dict.fromkeys(_by_segments(target, base_names)))
+    if not found:
+        same_leaf = [name for name in base_names if _leaf(name) == _leaf(target)]
+        pool = (same_leaf or list(base_names))[:_MAX_COMPARED]
+        found = difflib.get_close_matches(target, pool, n=1, cutoff=0.6)
+    return found[:3]
+
+
+def suggest(target: str, base_names: Collection[str]) -> str:
+    """Return a hint that names what differs between `target` and the nearest base tensor."""
+    misses = near_misses(target, base_names)
+    if not misses:
+        return "is this the base the adapter was trained on?"
+    nearest = misses[0]
+    if nearest.endswith(f".{target}"):
+        return f"did you mean {nearest!r}: the base with {nearest.removesuffix(target)!r} in front?"
+    if target.endswith(f".{nearest}"):
+        return f"did you mean {nearest!r}: the base without {target.removesuffix(nearest)!r}?"
+    return f"did you mean {' or '.join(repr(name) for name in misses)}?"
+
+
+def _by_segments(target: str, base_names: Collection[str]) -> Iterator[str]:
+    """Yield base names that equal `target` but for whole leading segments on either side."""
+    yield from (name for name in base_names if name.endswith(f".{target}"))
+    parts = target.split(".")
+    for start in range(1, len(parts) - 2):
+        shorter = ".".join(parts[start:])
+        if shorter in base_names:
+            yield shorter
+        yield from (name for name in base_names if name.endswith(f".{shorter}"))
+
+
+def _leaf(name: str) -> str:
+    return ".".join(name.split(".")[-2:])

@@ -1,0 +1,72 @@
+"""A `MergePlan` as JSON text and back, so that a plan can be saved, compared, or run by another process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, Final, Union, get_args, get_origin, get_type_hints
+
+from rawmerge.errors import PlanError, Problem
+from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
+from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, UpdateTensor
+
+FORMAT: Final = "rawmerge-plan-1"
+_STEP_KEY: Final = "step"
+_STEPS: Final = {"keep": KeepTensor, "update": UpdateTensor, "replace": ReplaceTensor}
+_STEP_NAMES: Final = {step: name for name, step in _STEPS.items()}
+
+
+def format_plan(plan: MergePlan) -> str:
+    """Return the plan as one JSON object, with a `format` field first."""
+    return json.dumps({"format": FORMAT, **_encode(plan)}, ensure_ascii=False)
+
+
+def parse_plan(text: str) -> MergePlan:
+    """Return the plan that `format_plan` wrote.
+
+    Raises:
+        PlanError: not a plan of this version.
+    """
+    try:
+        document = parse_json_object(text.encode())
+        stated = document.pop("format", None)
+        decoded: MergePlan = _decode(MergePlan, document)
+    except (StrictJsonError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(Problem("plan", f"a plan in the format {FORMAT}", str(error)[:200])) from error
+    if stated != FORMAT:
+        raise PlanError(Problem("plan", f"the format {FORMAT}", ascii(stated)[:80], "make the plan again"))
+    return decoded
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        step = _STEP_NAMES.get(type(value))
+        return {_STEP_KEY: step, **fields} if step else fields
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    return value
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return tuple(_decode(arguments[0], item) for item in value)
+    if origin in (Union, UnionType):
+        return _decode(_STEPS[value.pop(_STEP_KEY)], value) if isinstance(value, dict) else value
+    if origin is not None:  # a mapping from str
+        return {key: _decode(arguments[1], item) for key, item in value.items()}
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
+    return _checked(kind, value)
+
+
+def _checked(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value

@@ -1,0 +1,57 @@
+"""The one rounding at the end of a tile: compute dtype to storage dtype, checked, NaNs canonical."""
+
+from __future__ import annotations
+
+import torch
+
+#: Quiet NaN without payload. torch's own NaN differs between processors: 0xffff with AVX2, 0x7fc0 without.
+_CANONICAL_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
+_SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CANONICAL_NAN[torch.float64] = 0x7FF8000000000000
+
+
+def round_into(result: torch.Tensor, values: torch.Tensor) -> None:
+    """Round `values` (float32 or float64) to the dtype of `result`, to nearest, ties to even, exactly once.
+
+    Shapes: both the same.
+    """
+    if values.dtype == torch.float64 and result.dtype in (torch.bfloat16, torch.float16):
+        values = _round_to_odd(values)
+    result.copy_(values)
+
+
+def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
+    """Return float64 `values` in float32, inexact ones with an odd last bit.
+
+    torch rounds float64 to bfloat16 through float32, which can round a near-tie twice. An odd last bit keeps the
+    tie broken, so that the next rounding (to 11 bits or fewer) gives what rounding once would have given.
+    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008.
+    """
+    nearest = values.float()
+    exact = nearest.double()
+    bits = nearest.view(torch.int32)
+    needs_step = (exact != values) & ((bits & 1) == 0) & ~torch.isnan(values)
+    step = torch.where(exact.abs() > values.abs(), -1, 1).to(torch.int32)
+    # zero has no sign to step along: the smallest float32 of the value's own sign is the odd neighbour
+    from_zero = torch.where(torch.signbit(values), torch.iinfo(torch.int32).min + 1, 1).to(torch.int32)
+    stepped = torch.where(exact == 0, from_zero, bits + step)
+    return torch.where(needs_step, stepped, bits).view(torch.float32)
+
+
+def has_overflow(values: torch.Tensor, storage_dtype: torch.dtype) -> bool:
+    """Whether any of `values` is NaN or infinite, or becomes infinite in `storage_dtype`."""
+    if values.numel() == 0:
+        return False
+    extremes = torch.stack(torch.aminmax(values))
+    return not bool(torch.isfinite(extremes.to(storage_dtype)).all())
+
+
+def newly_non_finite(result: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether `result` holds inf or NaN where `before` was finite."""
+    return bool((~torch.isfinite(result) & torch.isfinite(before)).any())
+
+
+def make_nans_canonical(result: torch.Tensor) -> None:
+    """Give all NaNs in `result` the same bits, in place."""
+    bits = result.view(_SAME_SIZE_INT[result.element_size()])
+    bits.masked_fill_(torch.isnan(result), _CANONICAL_NAN[result.dtype])

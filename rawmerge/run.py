@@ -1,0 +1,197 @@
+"""Runs a plan: staging directory, shards, side files, record, one rename. Decides nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rawmerge._version import __version__
+from rawmerge.engine import Engine, ProgressCallback, default_threads
+from rawmerge.errors import InputChangedError, MergeError, NothingChangedError, RefusedError, quote
+from rawmerge.merge_plan import InputFile, KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
+from rawmerge.output_directory import StagingDirectory, check_output, check_space
+from rawmerge.plan import RECORD_NAME
+from rawmerge.shard_writer import OutputFile
+from rawmerge.tensor_source import CHUNK_BYTES, OpenFiles, read_shard_file
+
+RECORD_FORMAT: Final = "rawmerge-record-1"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSummary:
+    """What a merge did.
+
+    Attributes:
+        output: the published directory.
+        counts: tensors by what became of them: `kept`, `updated`, `cast`, `replaced`.
+        unchanged: updated tensors of which no element changed: the delta is smaller than the rounding.
+        byte_count: bytes of the output.
+        seconds: wall time of the run.
+    """
+
+    output: str
+    counts: dict[str, int]
+    unchanged: tuple[str, ...]
+    byte_count: int
+    seconds: float
+
+
+def run_plan(
+    plan: MergePlan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> MergeSummary:
+    """Write what `plan` says to `output`; it appears complete, or not at all.
+
+    Args:
+        plan: from `plan_merge`.
+        output: directory to make; it must not exist unless `overwrite`.
+        overwrite: replace a checkpoint that stands at `output`, once the new one is complete.
+        threads: how many threads work; default: the processors, at most four. Changes no bit of the output.
+        progress: called in this thread as bytes are finished. An exception from it cancels the merge and leaves
+            nothing behind.
+
+    Raises:
+        OutputError: the output may not be written; nothing was.
+        MergeError: writing failed; nothing was published and nothing is left.
+        ValueError: `threads` is not positive.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be positive, not {threads}")
+    started = time.perf_counter()
+    target = Path(output)
+    check_output(target, Path(plan.base_root), Path(plan.adapter_root), overwrite=overwrite, record_name=RECORD_NAME)
+    check_space(target, plan.byte_count)
+    try:
+        changed = _write(plan, target, threads or default_threads(), progress)
+    except OSError as error:
+        raise MergeError(_describe(error)) from error
+    return MergeSummary(
+        output=str(target),
+        counts=count_steps(plan),
+        unchanged=tuple(name for name, is_changed in changed.items() if not is_changed),
+        byte_count=plan.byte_count,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def count_steps(plan: MergePlan) -> dict[str, int]:
+    """Return how many output tensors are `kept`, `updated`, `cast` and `replaced`."""
+    counts = Counter({"kept": 0, "updated": 0, "cast": 0, "replaced": 0})
+    for step in plan.steps():
+        match step:
+            case KeepTensor():
+                counts["kept"] += 1
+            case ReplaceTensor():
+                counts["replaced"] += 1
+            case UpdateTensor(updates=()):
+                counts["cast"] += 1
+            case UpdateTensor():
+                counts["updated"] += 1
+    return dict(counts)
+
+
+def _write(plan: MergePlan, target: Path, threads: int, progress: ProgressCallback | None) -> dict[str, bool]:
+    """Write and publish the output; return the updated tensors and whether any element of each changed."""
+    total = sum(step.entry.byte_count for step in plan.steps())
+    engine = Engine(plan.options.compute_dtype, threads, total)
+    with StagingDirectory(target) as staging:
+        _check_inputs(plan)
+        with ExitStack() as opened:
+            engine.run(_open_shards(plan, staging.path, opened), progress)
+        changed = _changes(plan, engine)
+        _copy_side_files(plan, staging.path)
+        for file in plan.written_files:
+            staging.write_text(file.name, file.text)
+        staging.write_text(RECORD_NAME, _record_text(plan))
+        staging.publish()
+    return changed
+
+
+def _check_inputs(plan: MergePlan) -> None:
+    """Refuse inputs that are no longer what the plan was made from."""
+    for file in (*plan.base_files, *plan.adapter_files):
+        try:
+            shard = read_shard_file(Path(file.path))
+        except RefusedError as error:
+            raise InputChangedError(str(error)) from error
+        if (shard.size, shard.header.digest) != (file.byte_count, file.header_sha256):
+            raise InputChangedError(
+                f"{quote(file.path)}: expected the file that the plan was made from, found another; plan again"
+            )
+
+
+def _open_shards(plan: MergePlan, folder: Path, opened: ExitStack) -> Iterator[tuple[ShardPlan, OutputFile]]:
+    for shard in plan.shards:
+        yield shard, opened.enter_context(OutputFile(folder / shard.name, shard.byte_count))
+
+
+def _changes(plan: MergePlan, engine: Engine) -> dict[str, bool]:
+    updated = [step for step in plan.steps() if isinstance(step, UpdateTensor) and step.updates]
+    changed = {step.entry.name: step.entry.name in engine.changed for step in updated}
+    replaces = any(isinstance(step, ReplaceTensor) for step in plan.steps())
+    if not replaces and not any(changed.values()):
+        raise NothingChangedError
+    return changed
+
+
+def _copy_side_files(plan: MergePlan, folder: Path) -> None:
+    with OpenFiles() as files:
+        for side in plan.side_files:
+            target = folder / side.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with OutputFile(target, side.byte_count) as file:
+                file.copy_from(files, side.path, 0, 0, side.byte_count)
+                file.finish()
+
+
+def _record_text(plan: MergePlan) -> str:
+    """Return the merge record: the same text for the same inputs and options, whatever their folders."""
+    record: dict[str, Any] = {
+        "format": RECORD_FORMAT,
+        "rawmerge": __version__,
+        "options": {"compute_dtype": plan.options.compute_dtype, "dtype": plan.options.output_dtype or "as stored"},
+        "base": {
+            "config_sha256": plan.base_config_sha256,
+            "shards": [_identity(file) for file in plan.base_files],
+        },
+        "adapters": [
+            {
+                "config_sha256": plan.adapter_config_sha256,
+                "files": [{**_identity(file), "sha256": _file_sha256(file)} for file in plan.adapter_files],
+            }
+        ],
+        "tensors": count_steps(plan),
+        "adapter_tensors": len(plan.adapter_uses),
+    }
+    return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def _identity(file: InputFile) -> dict[str, str | int]:
+    return {"name": file.name, "bytes": file.byte_count, "header_sha256": file.header_sha256}
+
+
+def _file_sha256(file: InputFile) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, file.byte_count)))
+    with OpenFiles() as files:
+        for start in range(0, file.byte_count, CHUNK_BYTES):
+            chunk = buffer[: file.byte_count - start]
+            files.read_into(file.path, start, chunk)
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _describe(error: OSError) -> str:
+    name = f"{quote(error.filename)}: " if error.filename else ""
+    return f"{name}{error.strerror or error}; nothing was published"

@@ -1,0 +1,120 @@
+"""The files of a base beside its weights: which are copied, which are left out, and why.
+
+Second weight sets must not be copied: they hold the base without the adapter, and some loaders prefer them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+_WEIGHT_SUFFIXES: Final = frozenset(
+    [
+        ".safetensors",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+        ".ot",
+        ".tflite",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".nemo",
+        ".mlmodel",
+    ]
+)
+_WEIGHT_NAMES: Final = re.compile(
+    r"(pytorch_model|model|consolidated|adapter_model|tf_model|flax_model|optimizer|scheduler|training_args|"
+    r"diffusion_pytorch_model).*\.(bin|bin\.index\.json)|.*\.safetensors\.index\.json|"
+    r".*(h5|msgpack)\.index\.json"
+)
+_SKIPPED_FOLDERS: Final = {
+    "original": "a second set of weights",
+    "onnx": "a second set of weights",
+    "openvino": "a second set of weights",
+    ".git": "version control",
+    ".cache": "a download cache",
+    "__pycache__": "compiled Python",
+    ".ipynb_checkpoints": "an editor's copies",
+}
+_TRAINING_CHECKPOINT: Final = re.compile(r"(checkpoint|global_step)-?\d+")
+_ADAPTER_FILE: Final = re.compile(r"adapter_(config\.json|model\..*)")
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is copied byte for byte.
+
+    Attributes:
+        name: its path in the output, with `/` between folders.
+        path: where it is read from.
+        byte_count: its size.
+    """
+
+    name: str
+    path: str
+    byte_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A file or folder of the base that the output does not have, and the reason."""
+
+    name: str
+    reason: str
+
+
+def list_side_files(root: Path, own_names: Collection[str]) -> tuple[tuple[SideFile, ...], tuple[LeftOut, ...]]:
+    """Return what is copied and what is left out, both sorted by name.
+
+    Args:
+        root: the base's directory.
+        own_names: files at its top that the merge writes itself (shards, index, config, record).
+    """
+    found = sorted(_walk(root, PurePosixPath()), key=lambda item: item.name)
+    kept = tuple(item for item in found if isinstance(item, SideFile) and item.name not in own_names)
+    return kept, tuple(item for item in found if isinstance(item, LeftOut) and item.name not in own_names)
+
+
+def _walk(root: Path, folder: PurePosixPath) -> Iterator[SideFile | LeftOut]:
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            name = folder / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                reason = _folder_reason(entry.name)
+                yield from [LeftOut(f"{name}/", reason)] if reason else _walk(root, name)
+            else:
+                yield _judge(entry, str(name), is_top=not folder.parts)
+
+
+def _folder_reason(name: str) -> str:
+    if _TRAINING_CHECKPOINT.fullmatch(name):
+        return "a checkpoint of its training"
+    return _SKIPPED_FOLDERS.get(name, "")
+
+
+def _judge(entry: os.DirEntry[str], name: str, *, is_top: bool) -> SideFile | LeftOut:
+    if not entry.is_file():  # follows links: hub caches hold links to regular files
+        return LeftOut(name, "no regular file, or a link to a folder or to nothing")
+    if reason := _file_reason(entry.name, is_top=is_top):
+        return LeftOut(name, reason)
+    return SideFile(name, entry.path, entry.stat().st_size)
+
+
+def _file_reason(name: str, *, is_top: bool) -> str:
+    if _ADAPTER_FILE.fullmatch(name):
+        return "an adapter's file; loaders would apply it again"
+    # sub-folders may hold weights of their own, such as a pooling or projection layer's
+    is_weight = PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES or _WEIGHT_NAMES.fullmatch(name)
+    if is_top and is_weight:
+        return "weights that the merge does not touch, or a pickle"
+    if PurePosixPath(name).suffix.lower() in {".gguf", ".ggml"}:
+        return "a second set of weights"
+    return ""

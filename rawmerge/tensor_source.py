@@ -1,0 +1,156 @@
+"""Where one tensor's bytes lie, and how they are read: `pread` into a buffer of ours, never a memory map.
+
+A mapped file that is truncated kills the process with SIGBUS and counts as resident memory; a short `pread` is an
+ordinary error.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from rawmerge.errors import InputChangedError, MissingFileError, Problem, quote
+from rawmerge.formats.shard_header import (
+    LENGTH_PREFIX,
+    ShardHeader,
+    parse_header_length,
+    parse_shard_header,
+)
+
+#: One system call's worth of bytes: large enough to be fast, small enough to stay in the processor's cache.
+CHUNK_BYTES: Final = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """The bytes of one tensor in one file.
+
+    Attributes:
+        path: the file.
+        offset: first byte, from the start of the file.
+        byte_count: how many bytes.
+        dtype: storage dtype code.
+        shape: dimensions, outermost first.
+    """
+
+    path: str
+    offset: int
+    byte_count: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One safetensors file and its checked header.
+
+    Attributes:
+        path: the file.
+        size: its length in bytes.
+        header: what it holds.
+    """
+
+    path: Path
+    size: int
+    header: ShardHeader
+
+    def sources(self) -> Iterable[tuple[str, TensorSource]]:
+        """Yield (tensor name, where it lies) in file order."""
+        start = self.header.data_start
+        for entry in self.header.entries:
+            source = TensorSource(str(self.path), start + entry.start, entry.byte_count, entry.dtype, entry.shape)
+            yield entry.name, source
+
+
+def read_small_file(path: Path, limit: int = 16 * 2**20) -> bytes:
+    """Return a whole file of JSON, at most `limit` bytes.
+
+    Raises:
+        MissingFileError: it does not exist, is no regular file, or is larger than `limit`.
+    """
+    expected = f"a regular file of at most {limit} bytes"
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise MissingFileError(Problem(str(path), expected, f"{status.st_size} bytes, or no regular file"))
+        return path.read_bytes()
+    except OSError as error:
+        if isinstance(error, MissingFileError):
+            raise
+        raise MissingFileError(Problem(str(path), expected, error.strerror or str(error))) from error
+
+
+def read_shard_file(path: Path) -> ShardFile:
+    """Return the file's checked header; no tensor is read.
+
+    Raises:
+        MissingFileError: it cannot be opened, or is no regular file.
+        ShardFormatError: its header breaks the format.
+    """
+    try:
+        # O_NONBLOCK: opening a named pipe must be refused below, not wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise MissingFileError(Problem(str(path), "a readable safetensors file", found)) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise MissingFileError(Problem(str(path), "a regular file", "something else"))
+        prefix = os.pread(descriptor, LENGTH_PREFIX.size, 0)
+        length = parse_header_length(prefix, status.st_size, str(path))
+        raw = os.pread(descriptor, length, LENGTH_PREFIX.size)
+        data_bytes = status.st_size - LENGTH_PREFIX.size - length
+        return ShardFile(path, status.st_size, parse_shard_header(raw, data_bytes, str(path)))
+    finally:
+        os.close(descriptor)
+
+
+class OpenFiles:
+    """Read-only descriptors, opened at first use and shared by all threads (`pread` has no position)."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def descriptor(self, path: str) -> int:
+        """Return an open descriptor of `path`; the same one for every call."""
+        known = self._descriptors.get(path)
+        if known is not None:
+            return known
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        kept = self._descriptors.setdefault(path, opened)
+        if kept != opened:  # another thread opened it meanwhile
+            os.close(opened)
+        return kept
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (bytes) from `offset` on.
+
+        Raises:
+            InputChangedError: the file ends before the buffer is full.
+        """
+        descriptor = self.descriptor(path)
+        filled = 0
+        while filled < len(buffer):
+            count = os.preadv(descriptor, [buffer[filled : filled + CHUNK_BYTES]], offset + filled)
+            if count == 0:
+                raise InputChangedError(
+                    f"{quote(path)}: expected {len(buffer)} bytes at {offset}, the file ends after {filled}; "
+                    "it was changed while it was read"
+                )
+            filled += count
