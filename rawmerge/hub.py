@@ -19,25 +19,16 @@ from rawmerge.base_checkpoint import SINGLE_NAME
 from rawmerge.errors import HubError, MissingFileError, Problem, quote
 from rawmerge.formats import adapter_config, config_text
 from rawmerge.formats.weight_map import INDEX_NAME, MAX_INDEX_BYTES, SHARD_SUFFIX, parse_weight_map
+from rawmerge.side_files import left_out_reason
 from rawmerge.tensor_source import read_small_file
 
 DEFAULT_REVISION: Final = "main"
-#: Sub-folders hold a pooling layer at most; what is larger there is a second set of weights.
-MAX_NESTED_BYTES: Final = 64 * 2**20
 SIDE_FILES_AT_ONCE: Final = 8
 MAX_LISTED: Final = 10
 
 # A revision may hold slashes after `refs/` only: anything else with two slashes is meant as a path.
 _HUB_ID: Final = re.compile(r"(?P<repo_id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*|refs(/\w[\w.-]*)+))?", re.ASCII)
 _FILE_SUFFIXES: Final = (SHARD_SUFFIX, ".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
-#: Other formats, second weight sets, checkpoints of the training, hidden folders.
-_NEVER_FETCHED: Final = re.compile(
-    r".*\.(bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|ot|tflite|nemo|npz|pkl)"
-    r"|.*\.(bin|h5|msgpack|safetensors)\.index\.json|consolidated.*\.safetensors|adapter_.*"
-    r"|(original|onnx|openvino|checkpoint-\d+)/.*|(.*/)?\.[^/]*/.*",
-    re.IGNORECASE,
-)
-
 _LOGIN_HINT: Final = "log in with `hf auth login` or set HF_TOKEN"
 _OFFLINE_HINT: Final = "unset HF_HUB_OFFLINE to fetch it, or name a local directory"
 _NETWORK_HINT: Final = "check the network; HF_HUB_OFFLINE=1 uses what is cached; or name a local directory"
@@ -185,7 +176,7 @@ def _fetch_base(repo: _Repo) -> Path:
     _require(repo, shards, "the index names it; the upload may be incomplete")
     # Side files come first, so that a cache with all shards has them too: an offline run relies on it.
     with ThreadPoolExecutor(SIDE_FILES_AT_ONCE) as pool:
-        side_files = (name for name, size in repo.byte_counts.items() if _is_side_file(name, size or 0))
+        side_files = (name for name, size in repo.byte_counts.items() if not left_out_reason(name, size or 0))
         list(pool.map(lambda name: _download(repo, name), side_files))
     # Shards come one by one: a single download fills the line, and in the main thread Ctrl-C stops it.
     for name in shards:
@@ -196,12 +187,6 @@ def _fetch_base(repo: _Repo) -> Path:
 def _read_shard_names(repo: _Repo) -> tuple[str, ...]:
     raw = read_small_file(_download(repo, INDEX_NAME), MAX_INDEX_BYTES)
     return parse_weight_map(raw, f"{repo.typed}: {INDEX_NAME}").shard_names
-
-
-def _is_side_file(name: str, byte_count: int) -> bool:
-    if _NEVER_FETCHED.fullmatch(name):
-        return False
-    return byte_count <= MAX_NESTED_BYTES if "/" in name else not name.endswith(SHARD_SUFFIX)
 
 
 def _require(repo: _Repo, names: Iterable[str], hint: str) -> None:

@@ -85,6 +85,16 @@ def run_plan(
     )
 
 
+def check_target(plan: MergePlan, output: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output that exists, cannot be written, touches an input, or does not fit on the disk.
+
+    Raises:
+        OutputError: with the reasons.
+    """
+    check_output(output, Path(plan.base_root), Path(plan.adapter_root), overwrite=overwrite, record_name=RECORD_NAME)
+    check_space(output, plan.byte_count)
+
+
 def count_steps(plan: MergePlan) -> dict[str, int]:
     """Return how many output tensors are `kept`, `updated`, `cast` and `replaced`."""
     counts = Counter({"kept": 0, "updated": 0, "cast": 0, "replaced": 0})

@@ -35,14 +35,13 @@ _WEIGHT_NAMES: Final = re.compile(
     r"diffusion_pytorch_model).*\.(bin|bin\.index\.json)|.*\.safetensors\.index\.json|"
     r".*(h5|msgpack)\.index\.json"
 )
+#: Weights in a sub-folder are a small layer's at most; what is larger is a second set.
+MAX_NESTED_WEIGHT_BYTES: Final = 64 * 2**20
 _SKIPPED_FOLDERS: Final = {
     "original": "a second set of weights",
     "onnx": "a second set of weights",
     "openvino": "a second set of weights",
-    ".git": "version control",
-    ".cache": "a download cache",
     "__pycache__": "compiled Python",
-    ".ipynb_checkpoints": "an editor's copies",
 }
 _TRAINING_CHECKPOINT: Final = re.compile(r"(checkpoint|global_step)-?\d+")
 _ADAPTER_FILE: Final = re.compile(r"adapter_(config\.json|model\..*)")
@@ -83,6 +82,18 @@ def list_side_files(root: Path, own_names: Collection[str]) -> tuple[tuple[SideF
     return kept, tuple(item for item in found if isinstance(item, LeftOut) and item.name not in own_names)
 
 
+def left_out_reason(name: str, byte_count: int) -> str:
+    """Say why a file of a base is no side file, in an empty string for one that is.
+
+    Args:
+        name: its path in the base, with `/` between folders.
+        byte_count: its size.
+    """
+    path = PurePosixPath(name)
+    reasons = (reason for folder in path.parts[:-1] if (reason := _folder_reason(folder)))
+    return next(reasons, "") or _file_reason(path, byte_count)
+
+
 def _walk(root: Path, folder: PurePosixPath) -> Iterator[SideFile | LeftOut]:
     with os.scandir(root / folder) as entries:
         for entry in entries:
@@ -91,30 +102,33 @@ def _walk(root: Path, folder: PurePosixPath) -> Iterator[SideFile | LeftOut]:
                 reason = _folder_reason(entry.name)
                 yield from [LeftOut(f"{name}/", reason)] if reason else _walk(root, name)
             else:
-                yield _judge(entry, str(name), is_top=not folder.parts)
+                yield _judge(entry, str(name))
+
+
+def _judge(entry: os.DirEntry[str], name: str) -> SideFile | LeftOut:
+    if not entry.is_file():  # follows links: hub caches hold links to regular files
+        return LeftOut(name, "no regular file, or a link to a folder or to nothing")
+    byte_count = entry.stat().st_size
+    reason = left_out_reason(name, byte_count)
+    return LeftOut(name, reason) if reason else SideFile(name, entry.path, byte_count)
 
 
 def _folder_reason(name: str) -> str:
     if _TRAINING_CHECKPOINT.fullmatch(name):
         return "a checkpoint of its training"
+    if name.startswith("."):  # version control, download caches, editors; and `..` in a hub's listing
+        return "a hidden folder"
     return _SKIPPED_FOLDERS.get(name, "")
 
 
-def _judge(entry: os.DirEntry[str], name: str, *, is_top: bool) -> SideFile | LeftOut:
-    if not entry.is_file():  # follows links: hub caches hold links to regular files
-        return LeftOut(name, "no regular file, or a link to a folder or to nothing")
-    if reason := _file_reason(entry.name, is_top=is_top):
-        return LeftOut(name, reason)
-    return SideFile(name, entry.path, entry.stat().st_size)
-
-
-def _file_reason(name: str, *, is_top: bool) -> str:
-    if _ADAPTER_FILE.fullmatch(name):
+def _file_reason(path: PurePosixPath, byte_count: int) -> str:
+    if _ADAPTER_FILE.fullmatch(path.name):
         return "an adapter's file; loaders would apply it again"
-    # sub-folders may hold weights of their own, such as a pooling or projection layer's
-    is_weight = PurePosixPath(name).suffix.lower() in _WEIGHT_SUFFIXES or _WEIGHT_NAMES.fullmatch(name)
-    if is_top and is_weight:
+    suffix = path.suffix.lower()
+    if suffix not in _WEIGHT_SUFFIXES and not _WEIGHT_NAMES.fullmatch(path.name):
+        return ""
+    if len(path.parts) == 1:
         return "weights that the merge does not touch, or a pickle"
-    if PurePosixPath(name).suffix.lower() in {".gguf", ".ggml"}:
-        return "a second set of weights"
-    return ""
+    # a sub-folder may hold the weights of a pooling or projection layer, which loaders need
+    is_second_set = byte_count > MAX_NESTED_WEIGHT_BYTES or suffix in {".gguf", ".ggml"}
+    return "a second set of weights" if is_second_set else ""

@@ -85,7 +85,7 @@ class TensorComputer:
         tile.copy_(before)
         with _blas_threads(whole_threads if row_count == rows else 1):
             for update in self._updates():
-                update.apply(tile, first_row)
+                update.apply(tile, first_row, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
         round_into(result, tile)
         self._check(result, tile, before)

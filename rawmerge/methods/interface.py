@@ -58,15 +58,23 @@ class TileContext:
     rounding_dtype: torch.dtype | None
 
 
+class Scratch(Protocol):
+    """Memory that the calling thread reuses from tile to tile; a fresh allocation costs more than the product."""
+
+    def tensor(self, slot: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised tensor (rows, columns), the same memory for each call with this slot."""
+
+
 class PreparedUpdate(Protocol):
     """One update with its tensors in memory, ready for tiles in any order, from any thread."""
 
-    def apply(self, tile: torch.Tensor, first_row: int) -> None:
+    def apply(self, tile: torch.Tensor, first_row: int, scratch: Scratch) -> None:
         """Change `tile` in place.
 
         Args:
             tile: (rows, columns) of the base tensor seen as (shape[0], everything else), in compute dtype.
             first_row: which row of the tensor the tile begins with.
+            scratch: the calling thread's memory.
         """
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from rawmerge.methods.interface import ModuleFacts, Shape, ShapeMismatchError, TileContext
+from rawmerge.methods.interface import ModuleFacts, Scratch, Shape, ShapeMismatchError, TileContext
 
 if TYPE_CHECKING:
     import torch
@@ -80,18 +80,18 @@ class PreparedLora:
     is_transposed: bool
     rounding_dtype: torch.dtype | None
 
-    def apply(self, tile: torch.Tensor, first_row: int) -> None:
+    def apply(self, tile: torch.Tensor, first_row: int, scratch: Scratch) -> None:
         """Add the delta's rows to `tile` (rows, columns), in place."""
-        delta = self._delta(first_row, first_row + tile.shape[0])
+        delta = self._delta(first_row, first_row + tile.shape[0], scratch)
         delta.mul_(self.scaling)
         tile.add_(delta if self.rounding_dtype is None else delta.to(self.rounding_dtype))
 
-    def _delta(self, start: int, stop: int) -> torch.Tensor:
+    def _delta(self, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Return rows `start` to `stop` of the unscaled delta, (rows, columns)."""
         if self.is_transposed:
-            return (self.lora_b @ self.lora_a[:, start:stop]).T
+            return _product(self.lora_b, self.lora_a[:, start:stop], scratch).T
         if self.lora_a.dim() == 2:
-            return self.lora_b[start:stop] @ self.lora_a
+            return _product(self.lora_b[start:stop], self.lora_a, scratch)
         return self._convolution_delta(start, stop)
 
     def _convolution_delta(self, start: int, stop: int) -> torch.Tensor:
@@ -103,6 +103,13 @@ class PreparedLora:
             return lora_b.flatten(1) @ self.lora_a.flatten(1)
         convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[self.lora_a.dim()]
         return convolve(self.lora_a.transpose(0, 1), lora_b).transpose(0, 1).flatten(1)
+
+
+def _product(lora_b: torch.Tensor, lora_a: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    import torch
+
+    delta = scratch.tensor("delta", (lora_b.shape[0], lora_a.shape[1]), lora_a.dtype)
+    return torch.mm(lora_b, lora_a, out=delta)
 
 
 def _check_dimensions(role_a: str, shape_a: Shape, role_b: str, shape_b: Shape, facts: ModuleFacts) -> None:

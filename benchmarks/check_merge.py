@@ -1,0 +1,135 @@
+"""Whether a merged checkpoint is right, by a formula written down here once more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import safe_open
+
+from benchmarks.shapes import CheckpointShape
+
+#: Equal to the base in every correct merge of this adapter.
+KEPT_TENSORS: Final = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
+CHECKED_PROJECTIONS: Final = ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj")
+
+COMPUTE_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
+
+
+class WrongResultError(Exception):
+    """A tensor is not what the formula gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Reads tensors of a checkpoint one at a time, by name."""
+
+    directory: Path
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the tensor called `name`."""
+        return read_tensor(self.directory / self._shard_name(name), name)
+
+    def _shard_name(self, name: str) -> str:
+        index = self.directory / "model.safetensors.index.json"
+        if not index.exists():
+            return "model.safetensors"
+        return str(json.loads(index.read_text(encoding="utf-8"))["weight_map"][name])
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """Return one tensor of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def round_once(values: torch.Tensor) -> torch.Tensor:
+    """Return `values` as bfloat16, rounded once even from float64.
+
+    torch goes from float64 to bfloat16 by way of float32, which rounds twice. Rounding the first time to odd
+    (towards zero, then the last bit set when inexact) keeps what the second rounding needs to know.
+    """
+    nearest = values.float()
+    bits = nearest.view(torch.int32) - (nearest.double().abs() > values.double().abs()).int()
+    is_inexact = bits.view(torch.float32).double() != values.double()
+    return (bits | is_inexact.int()).view(torch.float32).bfloat16()
+
+
+def expected_tensor(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return the merged weight in bfloat16; the dtype of `lora_a` and `lora_b` is the compute dtype.
+
+    Shapes:
+        weight: (out_features, in_features)
+        lora_a: (rank, in_features)
+        lora_b: (out_features, rank)
+    """
+    return round_once(weight.to(lora_a.dtype) + (lora_b @ lora_a) * scaling)
+
+
+def checked_modules(shape: CheckpointShape) -> Iterator[str]:
+    """Yield a handful of target modules from the first, the middle and the last layer."""
+    for layer in sorted({0, shape.layers // 2, shape.layers - 1}):
+        for projection in CHECKED_PROJECTIONS:
+            yield f"model.layers.{layer}.{projection}"
+
+
+def check_kept(base: Checkpoint, output: Checkpoint) -> None:
+    """Raise unless tensors that the adapter leaves alone have the base's bytes."""
+    for name in KEPT_TENSORS:
+        if not _same_bytes(base.tensor(name), output.tensor(name)):
+            raise WrongResultError(f"{name}: kept tensor differs from the base")
+
+
+def check_updated(directory: Path, output: Checkpoint, module_path: str, compute_dtype: str) -> None:
+    """Raise unless the weight of `module_path` is bit-equal to the formula's and differs from the base's."""
+    config = json.loads((directory / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    name = f"{module_path}.weight"
+    weight = Checkpoint(directory / "base").tensor(name)
+    lora_a, lora_b = (
+        read_tensor(
+            directory / "adapter" / "adapter_model.safetensors",
+            f"base_model.model.{module_path}.{factor}.weight",
+        ).to(COMPUTE_DTYPES[compute_dtype])
+        for factor in ("lora_A", "lora_B")
+    )
+    found = output.tensor(name)
+    if _same_bytes(found, weight):
+        raise WrongResultError(f"{name}: equals the base")
+    if not _same_bytes(found, expected_tensor(weight, lora_a, lora_b, config["lora_alpha"] / config["r"])):
+        raise WrongResultError(f"{name}: differs from W + (B @ A) * scaling in {compute_dtype}")
+
+
+def check_merge(directory: Path, output: Path, shape: CheckpointShape, compute_dtype: str) -> int:
+    """Compare a sample of the tensors in `output` with the formula.
+
+    Args:
+        directory: holds base/ and adapter/.
+        output: the merged checkpoint.
+        shape: what `directory` was made from.
+        compute_dtype: dtype of the arithmetic.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        WrongResultError: one of them is wrong.
+    """
+    merged = Checkpoint(output)
+    check_kept(Checkpoint(directory / "base"), merged)
+    modules = list(checked_modules(shape))
+    for module_path in modules:
+        check_updated(directory, merged, module_path, compute_dtype)
+    return len(KEPT_TENSORS) + len(modules)
+
+
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    )

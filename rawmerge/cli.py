@@ -1,0 +1,203 @@
+"""The command line: options in, exit codes out. All work is the library's.
+
+Text for people goes to stderr, results go to stdout, so that a result can be piped.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+import rawmerge
+from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
+from rawmerge.errors import RawmergeError
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class _Commands(click.Group):
+    """Turns every error of ours into its text and exit code, whichever command it came from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except RawmergeError as error:
+            from rawmerge.report import error_json, error_text
+
+            if ctx.meta.get("rawmerge.json"):
+                click.echo(error_json(error))
+            else:
+                click.echo(f"rawmerge: {error_text(error)}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("rawmerge: interrupted; nothing was published", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+_BASE = click.argument("base")
+_ADAPTER = click.argument("adapter")
+
+
+def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.meta["rawmerge.json"] = value
+    return value
+
+
+_JSON = click.option("--json", "as_json", is_flag=True, callback=_remember_json, help="Print JSON for programs.")
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(list(OUTPUT_DTYPES)),
+    help="Store all float tensors in this dtype.  [default: each tensor's own]",
+)
+_COMPUTE = click.option(
+    "--compute-dtype",
+    type=click.Choice(COMPUTE_DTYPES),
+    default="float32",
+    show_default=True,
+    help="float32 is bit-equal to PEFT; float64 gives the same bytes on every machine.",
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(rawmerge.__version__, prog_name="rawmerge")
+def cli() -> None:
+    """Fold PEFT adapters into base checkpoints, shard by shard.
+
+    BASE and ADAPTER are directories, safetensors files, or hub ids (org/name[@revision]).
+
+    Exit codes: 0 done, 2 usage, 3 refused and nothing written, 4 failed while writing and nothing published,
+    5 verification found differences, 1 a bug of ours.
+    """
+
+
+@cli.command()
+@_BASE
+@_ADAPTER
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@_DTYPE
+@_COMPUTE
+@click.option("--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 4]")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the output.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@_JSON
+def merge(
+    base: str,
+    adapter: str,
+    output: Path,
+    dtype: str | None,
+    compute_dtype: str,
+    threads: int | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Merge ADAPTER into BASE and write the result to a new directory.
+
+    Prints the directory, or with --json a summary.
+    """
+    from rawmerge.report import plan_text, summary_json, summary_text
+    from rawmerge.run import check_target
+
+    plan = rawmerge.plan_merge(base, adapter, compute_dtype=compute_dtype, dtype=dtype)
+    if dry_run:
+        check_target(plan, output, overwrite=overwrite)
+        click.echo(rawmerge.format_plan(plan) if as_json else plan_text(plan))
+        return
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+    with _ended_by_signals(), _progress_bar() as progress:
+        summary = rawmerge.run_plan(plan, output, overwrite=overwrite, threads=threads, progress=progress)
+    click.echo(summary_text(summary), err=True)
+    click.echo(summary_json(summary) if as_json else summary.output)
+
+
+@cli.command()
+@_BASE
+@_ADAPTER
+@_DTYPE
+@_COMPUTE
+@_JSON
+def plan(base: str, adapter: str, dtype: str | None, compute_dtype: str, as_json: bool) -> None:
+    """Tell what a merge would do, from headers and configs alone."""
+    from rawmerge.report import plan_text
+
+    made = rawmerge.plan_merge(base, adapter, compute_dtype=compute_dtype, dtype=dtype)
+    click.echo(rawmerge.format_plan(made) if as_json else plan_text(made))
+
+
+@cli.command()
+@click.argument("path")
+@_JSON
+def inspect(path: str, as_json: bool) -> None:
+    """Tell what a base or an adapter is, and whether it can be merged."""
+    from rawmerge.report import inspection_json, inspection_text
+
+    found = rawmerge.inspect_path(path)
+    click.echo(inspection_json(found) if as_json else inspection_text(found))
+
+
+@cli.command()
+@click.argument("directory", default="rawmerge-demo", type=click.Path(path_type=Path))
+@_JSON
+def demo(directory: Path, as_json: bool) -> None:
+    """Make a small base and adapter offline, merge them, and verify the result.
+
+    Writes DIRECTORY/base, DIRECTORY/adapter and DIRECTORY/merged; DIRECTORY must not exist.
+    """
+    import json
+
+    from rawmerge.demo import run_demo
+
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
+    result = run_demo(directory, tell)
+    click.echo(json.dumps(result) if as_json else result["output"])
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[rawmerge.Progress], None] | None]:
+    """Yield a callback that draws a bar on a terminal; None where stderr is none."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+
+        def show(progress: rawmerge.Progress) -> None:
+            bar.total = progress.total_bytes
+            bar.set_description_str(progress.tensor_name[-48:], refresh=False)
+            bar.update(progress.done_bytes - bar.n)
+
+        yield show
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a merge as Ctrl-C does: cleaned up, nothing published."""
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(TERMINATED if number == signal.SIGTERM else 128 + number)
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = [(number, signal.signal(number, end)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli(prog_name="rawmerge")

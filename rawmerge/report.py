@@ -1,0 +1,136 @@
+"""Plans, summaries, inspections and refusals as text for people and as JSON for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from rawmerge.errors import RawmergeError, RefusedError
+from rawmerge.inspection import Inspection
+from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
+from rawmerge.run import MergeSummary, count_steps
+
+_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+_MAX_PROBLEMS: Final = 20
+_MAX_NAMES: Final = 8
+
+
+def format_bytes(count: int) -> str:
+    """Return a size as people read it, in decimal units.
+
+    Example:
+        >>> format_bytes(3_500_000_000)
+        '3.50 GB'
+    """
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def plan_text(plan: MergePlan) -> str:
+    """Return what a plan would do, in lines for people."""
+    counts = count_steps(plan)
+    done = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    lines = [
+        f"base      {plan.base_root}",
+        f"adapter   {plan.adapter_root} ({len(plan.adapter_uses)} tensors, all used)",
+        f"compute   {plan.options.compute_dtype}, output dtype {plan.options.output_dtype or 'as stored'}",
+        f"tensors   {done}",
+        *(f"  {line}" for line in _changed_lines(plan.steps())),
+        f"output    {format_bytes(plan.byte_count)} in {len(plan.shards)} shard{'s'[: len(plan.shards) != 1]}",
+        f"written   {_names(file.name for file in plan.written_files)}",
+        f"copied    {_names(file.name for file in plan.side_files)}",
+        *(f"left out  {item.name}: {item.reason}" for item in plan.left_out),
+        *(f"note      {note}" for note in plan.notes),
+    ]
+    return "\n".join(lines)
+
+
+def summary_text(summary: MergeSummary) -> str:
+    """Return what a merge did, in lines for people."""
+    done = ", ".join(f"{count} {what}" for what, count in summary.counts.items() if count)
+    rate = format_bytes(int(summary.byte_count / max(summary.seconds, 1e-9)))
+    lines = [f"{done}; {format_bytes(summary.byte_count)} in {summary.seconds:.1f} s ({rate}/s)"]
+    if summary.unchanged:
+        lines.append(
+            f"{len(summary.unchanged)} updated tensors equal the base: their delta is smaller than the rounding "
+            f"({_names(summary.unchanged)}); --dtype float32 keeps it"
+        )
+    return "\n".join(lines)
+
+
+def inspection_text(inspection: Inspection) -> str:
+    """Return what a path holds, in lines for people."""
+    lines = [f"{inspection.kind}  {inspection.path}"]
+    for name, value in inspection.facts.items():
+        shown = _names(value) if isinstance(value, list) else value
+        lines.append(f"  {name:<24} {format_bytes(int(value)) if name == 'bytes' else shown}")  # type: ignore[arg-type]
+    verdict = "cannot be merged" if inspection.problems else "can be merged, as far as it alone tells"
+    return "\n".join([*lines, f"  {'verdict':<24} {verdict}", *(f"    {problem}" for problem in inspection.problems)])
+
+
+def error_text(error: RawmergeError) -> str:
+    """Return an error for people: all problems, long lists cut."""
+    if not isinstance(error, RefusedError) or len(error.problems) <= _MAX_PROBLEMS:
+        return str(error)
+    shown = type(error)(*error.problems[:_MAX_PROBLEMS])
+    more = len(error.problems) - _MAX_PROBLEMS
+    body = str(shown).split("\n", 1)[1]
+    return f"{len(error.problems)} problems\n{body}\n  … and {more} more (--json lists all)"
+
+
+def summary_json(summary: MergeSummary) -> str:
+    """Return a summary as one JSON object."""
+    return json.dumps(dataclasses.asdict(summary))
+
+
+def inspection_json(inspection: Inspection) -> str:
+    """Return an inspection as one JSON object."""
+    return json.dumps(dataclasses.asdict(inspection))
+
+
+def error_json(error: RawmergeError) -> str:
+    """Return an error as one JSON object: class, exit code, text, and each problem's fields."""
+    document: dict[str, Any] = {
+        "error": type(error).__name__,
+        "exit_code": error.exit_code,
+        "message": str(error),
+    }
+    if isinstance(error, RefusedError):
+        document["problems"] = [dataclasses.asdict(problem) for problem in error.problems]
+    return json.dumps(document)
+
+
+def _changed_lines(steps: Iterable[Step]) -> Iterator[str]:
+    """Yield one line per family of changed tensors, layer numbers folded together."""
+    families: dict[tuple[str, str], int] = {}
+    for step in steps:
+        if not isinstance(step, KeepTensor) and (what := _describe_step(step)):
+            key = (_NUMBER.sub("*", step.entry.name), what)
+            families[key] = families.get(key, 0) + 1
+    for (name, what), count in families.items():
+        yield f"{name}: {what}{f' (x {count})' if count > 1 else ''}"
+
+
+def _describe_step(step: UpdateTensor | ReplaceTensor) -> str:
+    if isinstance(step, ReplaceTensor):
+        return "replaced by the adapter's"
+    return ", ".join(map(_describe_update, step.updates))
+
+
+def _describe_update(update: Update) -> str:
+    rank = min(source.shape[0] for role, source in update.tensors.items() if role.endswith("_a"))
+    layout = ", transposed" if update.settings.get("is_transposed") else ""
+    return f"{update.kind} rank {rank}, scaling {update.settings['scaling']:g}{layout}"
+
+
+def _names(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _MAX_NAMES} more" if len(listed) > _MAX_NAMES else ""
+    return (", ".join(listed[:_MAX_NAMES]) or "none") + more
