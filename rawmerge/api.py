@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rawmerge.engine import ProgressCallback
@@ -34,7 +35,9 @@ def plan_merge(
         ValueError: an option is none of its choices.
     """
     options = MergeOptions(compute_dtype=compute_dtype, output_dtype=dtype or "")
-    return make_plan(resolve_base(base).path, resolve_adapter(adapter).path, options)
+    base_source, adapter_source = resolve_base(base), resolve_adapter(adapter)
+    plan = make_plan(base_source.path, adapter_source.path, options)
+    return replace(plan, base_repo=base_source.pinned, adapter_repo=adapter_source.pinned)
 
 
 def merge_adapter(

@@ -114,7 +114,7 @@ def merge(
         return
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
-    with _ended_by_signals(), _progress_bar() as progress:
+    with _ended_by_signals(), _progress_bar(plan.tensor_bytes) as progress:
         summary = rawmerge.run_plan(plan, output, overwrite=overwrite, threads=threads, progress=progress)
     click.echo(summary_text(summary), err=True)
     click.echo(summary_json(summary) if as_json else summary.output)
@@ -165,17 +165,16 @@ def demo(directory: Path, as_json: bool) -> None:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[rawmerge.Progress], None] | None]:
+def _progress_bar(total_bytes: int) -> Iterator[Callable[[rawmerge.Progress], None] | None]:
     """Yield a callback that draws a bar on a terminal; None where stderr is none."""
     if not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
 
         def show(progress: rawmerge.Progress) -> None:
-            bar.total = progress.total_bytes
             bar.set_description_str(progress.tensor_name[-48:], refresh=False)
             bar.update(progress.done_bytes - bar.n)
 

@@ -48,6 +48,11 @@ class ResolvedSource:
     repo_id: str = ""
     revision: str = ""
 
+    @property
+    def pinned(self) -> str:
+        """`org/name@commit`, an empty string for a local path."""
+        return f"{self.repo_id}@{self.revision}" if self.repo_id else ""
+
 
 @dataclass(frozen=True, slots=True)
 class _Repo:

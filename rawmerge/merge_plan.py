@@ -135,6 +135,7 @@ class MergePlan:
     Attributes:
         options: the choices that were made.
         base_root: the base's directory or file; adapter_root: the adapter's directory.
+        base_repo: `org/name@commit` of a base from the hub, else empty; adapter_repo: the same of the adapter.
         base_files: the base's shards; adapter_files: the adapter's tensor file.
         base_config_sha256: SHA-256 of `config.json`, empty where the base has none.
         adapter_config_sha256: SHA-256 of `adapter_config.json`.
@@ -148,6 +149,8 @@ class MergePlan:
     options: MergeOptions
     base_root: str
     adapter_root: str
+    base_repo: str
+    adapter_repo: str
     base_files: tuple[InputFile, ...]
     adapter_files: tuple[InputFile, ...]
     base_config_sha256: str
@@ -163,6 +166,11 @@ class MergePlan:
         """Yield every step, in the order in which tensors are written."""
         for shard in self.shards:
             yield from shard.steps
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(step.entry.byte_count for step in self.steps())
 
     @property
     def byte_count(self) -> int:

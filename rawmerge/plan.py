@@ -82,6 +82,8 @@ class _Planner:
             options=self.options,
             base_root=str(self.base.root),
             adapter_root=str(self.adapter.root),
+            base_repo="",
+            adapter_repo="",
             base_files=tuple(map(_input_file, self.base.shards)),
             adapter_files=(_input_file(self.adapter.weights),),
             base_config_sha256=_sha256(self.base.config.text),

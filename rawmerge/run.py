@@ -113,8 +113,7 @@ def count_steps(plan: MergePlan) -> dict[str, int]:
 
 def _write(plan: MergePlan, target: Path, threads: int, progress: ProgressCallback | None) -> dict[str, bool]:
     """Write and publish the output; return the updated tensors and whether any element of each changed."""
-    total = sum(step.entry.byte_count for step in plan.steps())
-    engine = Engine(plan.options.compute_dtype, threads, total)
+    engine = Engine(plan.options.compute_dtype, threads, plan.tensor_bytes)
     with StagingDirectory(target) as staging:
         _check_inputs(plan)
         with ExitStack() as opened:
@@ -172,11 +171,13 @@ def _record_text(plan: MergePlan) -> str:
         "rawmerge": __version__,
         "options": {"compute_dtype": plan.options.compute_dtype, "dtype": plan.options.output_dtype or "as stored"},
         "base": {
+            "repo": plan.base_repo,
             "config_sha256": plan.base_config_sha256,
             "shards": [_identity(file) for file in plan.base_files],
         },
         "adapters": [
             {
+                "repo": plan.adapter_repo,
                 "config_sha256": plan.adapter_config_sha256,
                 "files": [{**_identity(file), "sha256": _file_sha256(file)} for file in plan.adapter_files],
             }

@@ -1,0 +1,377 @@
+"""The decision: what a plan holds, and every refusal's class, text and hint."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rawmerge
+from rawmerge.errors import (
+    AdapterError,
+    CheckpointError,
+    MissingFileError,
+    PlanError,
+    RefusedError,
+    ShardFormatError,
+    UnsupportedAdapterError,
+)
+from rawmerge.merge_plan import KeepTensor, ReplaceTensor, UpdateTensor
+from tests.builders import PREFIX, lora_pair, random_tensor, write_adapter, write_base
+
+Q = "model.layers.0.q_proj"
+Paths = tuple[Path, Path]
+
+
+def edit_config(adapter: Path, **fields: Any) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def edit_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_a_plan_covers_every_base_tensor_once_in_file_order(tiny: Paths) -> None:
+    plan = rawmerge.plan_merge(*tiny)
+    names = [step.entry.name for step in plan.steps()]
+    index = json.loads((tiny[0] / "model.safetensors.index.json").read_text())
+    assert sorted(names) == sorted(index["weight_map"])
+    kinds = {step.entry.name: type(step) for step in plan.steps()}
+    assert kinds["model.norm.weight"] is KeepTensor
+    assert kinds[f"{Q}.weight"] is UpdateTensor
+
+
+def test_every_adapter_tensor_is_accounted_for(tiny: Paths) -> None:
+    plan = rawmerge.plan_merge(*tiny)
+    assert {use.name for use in plan.adapter_uses} == set(load_file(tiny[1] / "adapter_model.safetensors"))
+
+
+def test_a_plan_survives_json(tiny: Paths) -> None:
+    plan = rawmerge.plan_merge(*tiny, dtype="float32", compute_dtype="float64")
+    assert rawmerge.parse_plan(rawmerge.format_plan(plan)) == plan
+
+
+def test_a_plan_from_json_writes_the_same_bytes(tiny: Paths, tmp_path: Path) -> None:
+    plan = rawmerge.plan_merge(*tiny)
+    rawmerge.run_plan(plan, tmp_path / "one")
+    rawmerge.run_plan(rawmerge.parse_plan(rawmerge.format_plan(plan)), tmp_path / "two")
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "rawmerge-plan-0"}', "nonsense"])
+def test_json_that_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="plan"):
+        rawmerge.parse_plan(text)
+
+
+@pytest.mark.parametrize("option", [{"compute_dtype": "int8"}, {"dtype": "float8"}])
+def test_an_option_outside_its_choices_is_a_programmers_error(tiny: Paths, option: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        rawmerge.plan_merge(*tiny, **option)
+
+
+def drop(ending: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.pop(f"{PREFIX}{Q}.{ending}")
+
+
+def put(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.__setitem__(name, torch.ones(shape))
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+A, B = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """An adapter gone wrong, and what the refusal must say."""
+
+    change: Callable[[dict[str, torch.Tensor]], object]
+    error: type[RefusedError]
+    says: str
+
+
+BAD_TENSORS = {
+    "A without B": Bad(drop("lora_B.weight"), AdapterError, r"lora_A\.weight.*its partner lora_b"),
+    "B without A": Bad(drop("lora_A.weight"), AdapterError, r"lora_B\.weight.*its partner lora_a"),
+    "another base": Bad(put(A, 4, 9), PlanError, r"a delta of \[12, 9\]"),
+    "rank unlike partner": Bad(put(B, 12, 3), PlanError, r"lora_B.*expected rank 4 like lora_a, found rank 3"),
+    "rank unlike config": Bad(
+        lambda tensors: (put(A, 5, 8)(tensors), put(B, 12, 5)(tensors)), PlanError, "rank 4 as the config says.*rank 5"
+    ),
+    "empty tensor": Bad(put(A, 0), PlanError, r"shape \[0\](.|\n)*ZeRO-3"),
+    "no such module": Bad(rename("layers.0", "layers.7"), PlanError, r"a base tensor 'model\.layers\.7\.q_proj"),
+    "one prefix too many": Bad(
+        rename("model.model.model", "model.model.model.model"), PlanError, "the base without 'model.'"
+    ),
+    "one prefix too few": Bad(rename("model.model.model", "model.model"), PlanError, "the base with 'model.' in front"),
+    "no PEFT prefix": Bad(rename(PREFIX, ""), UnsupportedAdapterError, "a name without"),
+    "adapter name left in": Bad(rename(".weight", ".default.weight"), UnsupportedAdapterError, "PEFT does not save"),
+    "DoRA magnitude": Bad(put(f"{PREFIX}{Q}.lora_magnitude_vector", 12), UnsupportedAdapterError, "DoRA magnitude"),
+    "LoRA bias": Bad(put(f"{PREFIX}{Q}.lora_B.bias", 12), UnsupportedAdapterError, "LoRA bias"),
+    "trained bias": Bad(put(f"{PREFIX}{Q}.base_layer.bias", 12), UnsupportedAdapterError, "trained bias"),
+    "token rows": Bad(
+        put(f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 8),
+        UnsupportedAdapterError,
+        "trained token rows",
+    ),
+    "undeclared tensor": Bad(put(f"{PREFIX}model.norm.weight", 8), UnsupportedAdapterError, "modules_to_save"),
+    "no tensor": Bad(lambda tensors: tensors.clear(), PlanError, "no tensor at all"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_a_bad_adapter_is_refused_by_tensor_name(tiny: Paths, tmp_path: Path, name: str) -> None:
+    bad = BAD_TENSORS[name]
+    edit_tensors(tiny[1], bad.change)
+    with pytest.raises(bad.error, match=bad.says):
+        rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+BAD_FIELDS: dict[str, tuple[dict[str, Any], type[RefusedError], str]] = {
+    "missing alpha": ({"lora_alpha": ...}, AdapterError, "'lora_alpha'.*found nothing"),
+    "zero alpha": ({"lora_alpha": 0}, AdapterError, "'lora_alpha'.*found 0"),
+    "zero rank": ({"r": 0}, AdapterError, "'r'.*found 0"),
+    "zero in alpha_pattern": ({"alpha_pattern": {"q_proj": 0}}, AdapterError, "alpha_pattern.*q_proj"),
+    "unknown field": ({"use_magic": True}, UnsupportedAdapterError, "'use_magic'"),
+    "DoRA": ({"use_dora": True}, UnsupportedAdapterError, "'use_dora'"),
+    "bias": ({"bias": "all"}, UnsupportedAdapterError, "'bias'.*'all'"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, UnsupportedAdapterError, "'init_lora_weights'.*pissa"),
+    "another type": ({"peft_type": "IA3"}, UnsupportedAdapterError, "'peft_type'.*'IA3'"),
+    "no type": ({"peft_type": ...}, UnsupportedAdapterError, "'peft_type'.*none"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_bad_config_is_refused_by_field_name(tiny: Paths, name: str) -> None:
+    fields, error, says = BAD_FIELDS[name]
+    edit_config(tiny[1], **fields)
+    with pytest.raises(error, match=says):
+        rawmerge.plan_merge(*tiny)
+
+
+def test_all_problems_of_base_and_adapter_come_at_once(tiny: Paths) -> None:
+    edit_config(tiny[1], use_dora=True, lora_alpha=0, use_magic=1)
+    (tiny[0] / "model-00001-of-00002.safetensors").write_bytes(b"short")
+    with pytest.raises(PlanError) as caught:
+        rawmerge.plan_merge(*tiny)
+    text = str(caught.value)
+    assert text.startswith("4 problems")
+    for part in ("use_dora", "lora_alpha", "use_magic", "model-00001-of-00002.safetensors"):
+        assert part in text
+
+
+def test_all_unmatched_tensors_come_at_once(tiny: Paths) -> None:
+    edit_tensors(tiny[1], rename("q_proj", "q_prok"))
+    with pytest.raises(PlanError) as caught:
+        rawmerge.plan_merge(*tiny)
+    assert len(caught.value.problems) == 2
+    assert "did you mean 'model.layers.0.q_proj.weight'" in str(caught.value)
+
+
+def test_a_pair_on_packed_weights_is_refused(tmp_path: Path) -> None:
+    packed = torch.zeros(6, 5, dtype=torch.float8_e4m3fn)
+    base = write_base(tmp_path / "base", [{"q.weight": packed}])
+    with pytest.raises(PlanError, match=r"'q\.weight': expected a plain float dtype.*found F8_E4M3"):
+        rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", lora_pair("q", 6, 5)))
+
+
+def square(folder: Path, base_config: dict[str, Any], **fields: Any) -> Paths:
+    base = write_base(folder / "base", [{"h.0.c_proj.weight": random_tensor((6, 6))}], base_config)
+    return base, write_adapter(folder / "adapter", lora_pair("h.0.c_proj", 6, 6), **fields)
+
+
+def is_transposed(plan: rawmerge.MergePlan, name: str) -> bool:
+    step = next(step for step in plan.steps() if step.entry.name == name)
+    assert isinstance(step, UpdateTensor)
+    return bool(step.updates[0].settings["is_transposed"])
+
+
+@pytest.mark.parametrize(("model_type", "flag", "expected"), [("gpt2", False, True), ("llama", False, False)])
+def test_a_square_weight_s_layout_comes_from_its_family(
+    tmp_path: Path, model_type: str, flag: bool, expected: bool
+) -> None:
+    plan = rawmerge.plan_merge(*square(tmp_path, {"model_type": model_type}, fan_in_fan_out=flag))
+    assert is_transposed(plan, "h.0.c_proj.weight") is expected
+
+
+def test_a_square_weight_of_undecidable_layout_is_refused(tmp_path: Path) -> None:
+    base = write_base(
+        tmp_path / "base", [{"c_attn.weight": random_tensor((6, 18)), "c_proj.weight": random_tensor((6, 6))}], {"a": 1}
+    )
+    pairs = lora_pair("c_attn", 18, 6) | lora_pair("c_proj", 6, 6)
+    with pytest.raises(PlanError, match=r"'c_proj\.weight': expected a known layout"):
+        rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", pairs, fan_in_fan_out=False))
+
+
+def test_the_flag_decides_when_all_other_modules_agree_with_it(tmp_path: Path) -> None:
+    base = write_base(
+        tmp_path / "base", [{"c_attn.weight": random_tensor((6, 18)), "c_proj.weight": random_tensor((6, 6))}], {"a": 1}
+    )
+    pairs = lora_pair("c_attn", 18, 6) | lora_pair("c_proj", 6, 6)
+    plan = rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", pairs, fan_in_fan_out=True))
+    assert is_transposed(plan, "c_proj.weight")
+
+
+def test_modules_to_save_replace_and_are_told(tiny: Paths, tmp_path: Path) -> None:
+    trained = torch.arange(8.0) / 3
+    edit_tensors(tiny[1], lambda tensors: tensors.__setitem__(f"{PREFIX}model.norm.weight", trained))
+    edit_config(tiny[1], modules_to_save=["norm"])
+    plan = rawmerge.plan_merge(*tiny)
+    assert [step.entry.name for step in plan.steps() if isinstance(step, ReplaceTensor)] == ["model.norm.weight"]
+    rawmerge.run_plan(plan, tmp_path / "out")
+    after = load_file(tmp_path / "out/model-00002-of-00002.safetensors")["model.norm.weight"]
+    assert torch.equal(after, trained.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [("model.norm", (9,), r"expected the base's shape \[8\], found \[9\]"), ("score", (2, 8), "'score.weight'.*none")],
+)
+def test_a_replacement_that_does_not_fit_is_refused(tiny: Paths, name: str, shape: tuple[int, ...], says: str) -> None:
+    edit_tensors(tiny[1], put(f"{PREFIX}{name}.weight", *shape))
+    edit_config(tiny[1], modules_to_save=["norm", "score"])
+    with pytest.raises(PlanError, match=says):
+        rawmerge.plan_merge(*tiny)
+
+
+def embedding_adapter(folder: Path) -> Path:
+    pair = {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": random_tensor((4, 20), torch.float32),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": random_tensor((8, 4), torch.float32),
+    }
+    return write_adapter(folder / "adapter", pair)
+
+
+def tied_base(folder: Path, **fields: Any) -> Path:
+    config = {"model_type": "llama", "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"], **fields}
+    return write_base(folder / "base", [{"model.embed_tokens.weight": random_tensor((20, 8))}], config)
+
+
+def test_a_tied_input_embedding_is_untied_by_a_delta(tmp_path: Path) -> None:
+    base = tied_base(tmp_path)
+    rawmerge.merge_adapter(base, embedding_adapter(tmp_path), tmp_path / "out")
+    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(after["lm_head.weight"], before)
+    assert not torch.equal(after["model.embed_tokens.weight"], before)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_tied_embedding_with_an_unknown_head_is_refused(tmp_path: Path) -> None:
+    base = tied_base(tmp_path, architectures=["T5ForConditionalGeneration"])
+    with pytest.raises(UnsupportedAdapterError, match="T5ForConditionalGeneration"):
+        rawmerge.plan_merge(base, embedding_adapter(tmp_path))
+
+
+BAD_BASES: dict[str, tuple[Callable[[Path], object], type[RefusedError], str]] = {
+    "a shard is missing": (
+        lambda base: (base / "model-00002-of-00002.safetensors").rename(base / "x"),
+        MissingFileError,
+        "model-00002-of-00002.safetensors",
+    ),
+    "a shard is cut": (
+        lambda base: (base / "model-00002-of-00002.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}"),
+        ShardFormatError,
+        "model-00002-of-00002.safetensors",
+    ),
+    "the index lists a tensor that its shard lacks": (
+        lambda base: save_file({"other": torch.ones(2)}, base / "model-00002-of-00002.safetensors"),
+        CheckpointError,
+        r"'model\.norm\.weight': expected it in model-00002",
+    ),
+    "two shards hold one tensor": (
+        lambda base: save_file(
+            {**load_file(base / "model-00001-of-00002.safetensors"), "model.norm.weight": torch.ones(8)},
+            base / "model-00001-of-00002.safetensors",
+        ),
+        CheckpointError,
+        r"'model\.norm\.weight': expected it in one shard",
+    ),
+    "config is no JSON": (lambda base: (base / "config.json").write_text("{,}"), CheckpointError, "config.json"),
+    "no weights": (
+        lambda base: [path.rename(path.with_suffix(".old")) for path in base.glob("*.s*")],
+        MissingFileError,
+        "no \\*.safetensors",
+    ),
+    "the index leaves the folder": (
+        lambda base: (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+        CheckpointError,
+        "plain",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BASES)
+def test_a_bad_base_is_refused(tiny: Paths, tmp_path: Path, name: str) -> None:
+    change, error, says = BAD_BASES[name]
+    change(tiny[0])
+    with pytest.raises(error, match=says):
+        rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stale_weight_sets_do_not_count_and_are_not_copied(tiny: Paths, tmp_path: Path) -> None:
+    base, adapter = tiny
+    for stale in ("model-00001-of-00004.safetensors", "consolidated.safetensors", "pytorch_model.bin", "x.gguf"):
+        (base / stale).write_bytes(b"not even a header")
+    plan = rawmerge.plan_merge(base, adapter)
+    rawmerge.run_plan(plan, tmp_path / "out")
+    assert len(plan.left_out) == 4
+    assert not {item.name for item in plan.left_out} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_shards_in_a_hub_cache_are_links_that_are_read_but_not_copied_as_links(tiny: Paths, tmp_path: Path) -> None:
+    base, adapter = tiny
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(base.iterdir())):
+        path.rename(blobs / f"{number}")
+        path.symlink_to(blobs / f"{number}")
+    before = {path.name: path.read_bytes() for path in blobs.iterdir()}
+    rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
+
+
+def test_an_adapter_in_a_sub_folder_is_pointed_to(tiny: Paths, tmp_path: Path) -> None:
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    tiny[1].rename(outer / "checkpoint-500")
+    with pytest.raises(MissingFileError, match="did you mean a folder in it: checkpoint-500"):
+        rawmerge.plan_merge(tiny[0], outer)
+
+
+def test_a_pickle_adapter_is_refused_with_the_way_out(tiny: Paths) -> None:
+    (tiny[1] / "adapter_model.safetensors").rename(tiny[1] / "adapter_model.bin")
+    with pytest.raises(MissingFileError, match=r"a pickle, which is not read(.|\n)*safe_serialization"):
+        rawmerge.plan_merge(*tiny)
+
+
+def test_names_with_control_characters_are_escaped_in_messages(tiny: Paths) -> None:
+    edit_tensors(tiny[1], put(f"{PREFIX}evil\x1b[31m\n.lora_A.weight", 4, 8))
+    with pytest.raises(RefusedError) as caught:
+        rawmerge.plan_merge(*tiny)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", str(caught.value))
+    assert r"evil\x1b[31m\n" in str(caught.value)
