@@ -27,7 +27,7 @@ def format_bytes(count: int) -> str:
     """
     size, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
+        if round(size, 2) < 1000:
             break
         size, unit = size / 1000, larger
     return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
@@ -49,7 +49,7 @@ def plan_text(plan: MergePlan) -> str:
         *(f"left out  {item.name}: {item.reason}" for item in plan.left_out),
         *(f"note      {note}" for note in plan.notes),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
 
 
 def summary_text(summary: MergeSummary) -> str:
@@ -62,7 +62,7 @@ def summary_text(summary: MergeSummary) -> str:
             f"{len(summary.unchanged)} updated tensors equal the base: their delta is smaller than the rounding "
             f"({_names(summary.unchanged)}); --dtype float32 keeps it"
         )
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
 
 
 def inspection_text(inspection: Inspection) -> str:
@@ -72,7 +72,8 @@ def inspection_text(inspection: Inspection) -> str:
         shown = _names(value) if isinstance(value, list) else value
         lines.append(f"  {name:<24} {format_bytes(int(value)) if name == 'bytes' else shown}")  # type: ignore[arg-type]
     verdict = "cannot be merged" if inspection.problems else "can be merged, as far as it alone tells"
-    return "\n".join([*lines, f"  {'verdict':<24} {verdict}", *(f"    {problem}" for problem in inspection.problems)])
+    lines = [*map(_printable, lines), f"  {'verdict':<24} {verdict}"]
+    return "\n".join([*lines, *(f"    {problem}" for problem in inspection.problems)])
 
 
 def error_text(error: RawmergeError) -> str:
@@ -128,6 +129,11 @@ def _describe_update(update: Update) -> str:
     rank = min(source.shape[0] for role, source in update.tensors.items() if role.endswith("_a"))
     layout = ", transposed" if update.settings.get("is_transposed") else ""
     return f"{update.kind} rank {rank}, scaling {update.settings['scaling']:g}{layout}"
+
+
+def _printable(line: str) -> str:
+    """Escape what a stranger's names may do to a terminal."""
+    return line if line.isprintable() else ascii(line)[1:-1]
 
 
 def _names(names: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ _WEIGHT_SUFFIXES: Final = frozenset(
 )
 _WEIGHT_NAMES: Final = re.compile(
     r"(pytorch_model|model|consolidated|adapter_model|tf_model|flax_model|optimizer|scheduler|training_args|"
-    r"diffusion_pytorch_model).*\.(bin|bin\.index\.json)|.*\.safetensors\.index\.json|"
+    r"diffusion_pytorch_model|openvino_model|ggml).*\.(bin|bin\.index\.json)|.*\.safetensors\.index\.json|"
     r".*(h5|msgpack)\.index\.json"
 )
 #: Weights in a sub-folder are a small layer's at most; what is larger is a second set.
@@ -106,11 +106,18 @@ def _walk(root: Path, folder: PurePosixPath) -> Iterator[SideFile | LeftOut]:
 
 
 def _judge(entry: os.DirEntry[str], name: str) -> SideFile | LeftOut:
-    if not entry.is_file():  # follows links: hub caches hold links to regular files
+    if not _is_regular(entry):
         return LeftOut(name, "no regular file, or a link to a folder or to nothing")
     byte_count = entry.stat().st_size
     reason = left_out_reason(name, byte_count)
     return LeftOut(name, reason) if reason else SideFile(name, entry.path, byte_count)
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()  # follows links: hub caches hold links to regular files
+    except OSError:  # a link that leads back to itself
+        return False
 
 
 def _folder_reason(name: str) -> str:

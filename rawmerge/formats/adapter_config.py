@@ -110,9 +110,13 @@ class AdapterConfig:
 
 def _first_match(pattern: Mapping[str, _T], module_path: str, default: _T) -> _T:
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module_path):
+        if re.match(_as_regex(key), module_path):
             return value
     return default
+
+
+def _as_regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def parse_adapter_config(raw: bytes, path: str) -> AdapterConfig:
@@ -167,7 +171,7 @@ def _unsupported_fields(fields: Mapping[str, Any]) -> Iterable[Problem]:
 
 
 def _unsupported_init(value: object) -> Iterable[Problem]:
-    if value is not True and value not in PLAIN_INITS:
+    if value is not True and not (isinstance(value, str) and value in PLAIN_INITS):
         hint = "this initialisation changed the base in training; save the adapter converted to plain LoRA"
         plain = ", ".join(sorted(PLAIN_INITS))
         yield Problem("init_lora_weights", f"true, false or one of {plain}", ascii(value)[:80], hint)
@@ -198,7 +202,7 @@ def _bad_pattern(fields: Mapping[str, Any], name: str, is_valid: Any) -> Iterabl
         if not is_valid(value):
             yield Problem(f"{name}[{key[:80]!r}]", "a number that can be used", ascii(value)[:80])
         try:
-            re.compile(key)
+            re.compile(_as_regex(key))  # as it will be used: flags are legal at the start only
         except (re.error, RecursionError, OverflowError) as error:
             yield Problem(f"{name}[{key[:80]!r}]", "a regular expression", str(error)[:120])
 

@@ -80,9 +80,11 @@ def parse_model_config(raw: bytes, path: str) -> ModelConfig:
         CheckpointError: not strict JSON.
     """
     try:
-        return ModelConfig(raw.decode("utf-8"), parse_json_object(raw))
-    except (StrictJsonError, UnicodeDecodeError) as error:
+        # transformers below 5 wrote infinite fields, such as Mamba2's time_step_limit, as Infinity
+        fields = parse_json_object(raw, allows_infinity=True)
+    except StrictJsonError as error:
         raise CheckpointError(Problem(path, "a config of strict JSON", str(error))) from error
+    return ModelConfig(raw.decode(), fields)
 
 
 def with_dtype(config: ModelConfig, torch_name: str) -> str:

@@ -15,7 +15,7 @@ from math import prod
 from typing import Any, Final
 
 from rawmerge.dtypes import DTYPES, StorageDtype
-from rawmerge.errors import Problem, ShardFormatError
+from rawmerge.errors import Problem, ShardFormatError, quote
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 
 LENGTH_PREFIX: Final = struct.Struct("<Q")
@@ -143,16 +143,16 @@ def _parse_metadata(value: object, path: str) -> dict[str, str] | None:
 
 def _parse_entry(name: str, fields: object, path: str) -> TensorEntry:
     if not isinstance(fields, dict) or set(fields) != _ENTRY_FIELDS:
-        raise _broken(path, f"tensor {name!r} to have dtype, shape and data_offsets", _field_names(fields))
+        raise _broken(path, f"tensor {quote(name)} to have dtype, shape and data_offsets", _field_names(fields))
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _broken(path, f"tensor {name!r} to have a safetensors dtype", repr(dtype)[:80])
-    shape = _parse_sizes(fields["shape"], f"shape of {name!r}", path)
+        raise _broken(path, f"tensor {quote(name)} to have a safetensors dtype", repr(dtype)[:80])
+    shape = _parse_sizes(fields["shape"], f"shape of {quote(name)}", path)
     if len(shape) > MAX_RANK:
-        raise _broken(path, f"{name!r} to have at most {MAX_RANK} dimensions", str(len(shape)))
-    offsets = _parse_sizes(fields["data_offsets"], f"data_offsets of {name!r}", path)
+        raise _broken(path, f"{quote(name)} to have at most {MAX_RANK} dimensions", str(len(shape)))
+    offsets = _parse_sizes(fields["data_offsets"], f"data_offsets of {quote(name)}", path)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _broken(path, f"data_offsets of {name!r} to be [start, end]", str(list(offsets))[:80])
+        raise _broken(path, f"data_offsets of {quote(name)} to be [start, end]", str(list(offsets))[:80])
     entry = TensorEntry(name, dtype, shape, offsets[0], offsets[1])
     _check_size(entry, DTYPES[dtype], path)
     return entry
@@ -170,10 +170,12 @@ def _parse_sizes(value: object, what: str, path: str) -> tuple[int, ...]:
 
 
 def _check_size(entry: TensorEntry, dtype: StorageDtype, path: str) -> None:
+    if prod(size for size in entry.shape if size) >= 2**63:  # a dimension of 0 does not excuse the others
+        raise _broken(path, f"{quote(entry.name)} to have sizes whose product can be counted", str(list(entry.shape))[:80])
     needed = dtype.byte_count(prod(entry.shape))
     if entry.byte_count != needed:
         described = f"{needed} bytes for {dtype.code} {list(entry.shape)}" if needed >= 0 else "whole bytes"
-        raise _broken(path, f"{entry.name!r} to take {described}", f"{entry.byte_count} bytes")
+        raise _broken(path, f"{quote(entry.name)} to take {described}", f"{entry.byte_count} bytes")
 
 
 def _check_contiguous(entries: Iterable[TensorEntry], data_bytes: int, path: str) -> None:
@@ -181,7 +183,7 @@ def _check_contiguous(entries: Iterable[TensorEntry], data_bytes: int, path: str
     for entry in entries:
         if entry.start != position:
             kind = "a hole" if entry.start > position else "an overlap"
-            raise _broken(path, f"{entry.name!r} to start at byte {position}", f"{kind}: {entry.start}")
+            raise _broken(path, f"{quote(entry.name)} to start at byte {position}", f"{kind}: {entry.start}")
         position = entry.end
     if position != data_bytes:
         raise _broken(path, f"{position} bytes of tensors after the header", f"{data_bytes} bytes")

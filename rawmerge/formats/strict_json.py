@@ -1,14 +1,19 @@
-"""JSON as checkpoints may use it: one object, no duplicate keys, no NaN.
+"""JSON as checkpoints may use it: one object, and nothing that two parsers read differently.
 
-Python's own parser keeps the last duplicate and accepts NaN; two readers of such a file may see two different
-checkpoints, so both are refused here (the 2023 safetensors audit lists this as a parser differential).
+Python's own parser keeps the last duplicate key, accepts NaN and half a surrogate pair, reads -0 as 0 and 1e999 as
+infinity; two readers of such a file may see two different checkpoints, so all are refused here (the 2023 safetensors
+audit lists this as a parser differential).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
+
+_SURROGATE_ESCAPE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class StrictJsonError(ValueError):
@@ -28,16 +33,44 @@ def _refuse_constant(name: str) -> Any:
     raise StrictJsonError(f"{name} is not JSON")
 
 
-def parse_json_object(raw: bytes) -> dict[str, Any]:
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise StrictJsonError(f"{text[:80]} is beyond any float")
+    return value
+
+
+def _unsigned_zero(text: str) -> int:
+    if text == "-0":
+        raise StrictJsonError("-0 is no whole number")
+    return int(text)
+
+
+def parse_json_object(raw: bytes, *, allows_infinity: bool = False) -> dict[str, Any]:
     """Return the one JSON object that `raw` holds.
 
+    Args:
+        raw: the file's bytes.
+        allows_infinity: accept Infinity and NaN, as Python writes them.
+
     Raises:
-        StrictJsonError: not UTF-8, not JSON, not an object, a duplicate key, a NaN, or nested too deeply.
+        StrictJsonError: not UTF-8, not JSON, not an object, nested too deeply, or read differently by other parsers.
     """
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        text = raw.decode("utf-8")
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=None if allows_infinity else _refuse_constant,
+            parse_float=None if allows_infinity else _finite_float,
+            parse_int=_unsigned_zero if "-0" in text else None,  # int itself is faster
+        )
+        if _SURROGATE_ESCAPE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise StrictJsonError(f"not UTF-8 at byte {error.start}") from error
+    except UnicodeEncodeError as error:
+        raise StrictJsonError("half of a surrogate pair") from error
     except RecursionError as error:
         raise StrictJsonError("nested too deeply") from error
     except ValueError as error:

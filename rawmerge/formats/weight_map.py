@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Any, Final
@@ -19,7 +19,9 @@ from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_INDEX_BYTES: Final = 128 * 2**20
 SHARD_SUFFIX: Final = ".safetensors"
-_WINDOWS_DEVICES: Final = {"con", "prn", "aux", "nul"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10)}
+_WINDOWS_DEVICES: Final = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    f"{port}{number}" for port in ("com", "lpt") for number in "123456789¹²³"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ def is_safe_file_name(name: str) -> bool:
     """Whether `name` is one plain file name on every system: no folder, drive, device, stream or `..`."""
     plain = name == unicodedata.normalize("NFC", name) and name.isprintable() and name.strip(" .") == name
     single = not set(name) & set('/\\:*?"<>|') and len(PureWindowsPath(name).parts) == 1
-    return plain and single and bool(name) and name.split(".")[0].casefold() not in _WINDOWS_DEVICES
+    return plain and single and bool(name) and name.split(".")[0].rstrip().casefold() not in _WINDOWS_DEVICES
 
 
 def parse_weight_map(raw: bytes, path: str) -> WeightMap:
@@ -70,11 +72,14 @@ def format_weight_map(weight_map: WeightMap) -> str:
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _check_shard_names(names: Iterable[object], path: str) -> None:
+def _check_shard_names(names: Collection[object], path: str) -> None:
+    unplain = [name for name in names if not isinstance(name, str)]
+    texts = sorted({name for name in names if isinstance(name, str)})
+    unplain += [name for name in texts if not is_safe_file_name(name) or not name.endswith(SHARD_SUFFIX)]
+    if unplain:
+        raise _broken(path, "shard names to be plain *.safetensors file names", ascii(unplain[0])[:120])
     unique: dict[str, str] = {}
-    for name in set(names):
-        if not isinstance(name, str) or not is_safe_file_name(name) or not name.endswith(SHARD_SUFFIX):
-            raise _broken(path, "shard names to be plain *.safetensors file names", ascii(name)[:120])
+    for name in texts:
         twin = unique.setdefault(name.casefold(), name)
         if twin != name:
             raise _broken(path, "shard names that differ in more than case", f"{twin!r} and {name!r}")

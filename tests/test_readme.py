@@ -1,0 +1,104 @@
+"""README says what is: its commands exist, its Python runs, its tables are the code's own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from rawmerge import cli as command_line
+from rawmerge import errors
+from rawmerge.cli import cli
+from rawmerge.formats import adapter_config
+from tests.test_architecture import FLOORS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def rows_after(heading: str) -> list[list[str]]:
+    """Return the cells of the first table after `heading`, without its two head lines."""
+    lines = README[README.index(heading) :].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    table = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line.strip("|").split("|")])
+    return table
+
+
+def code_words(text: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.mark.parametrize("line", re.findall(r"^rawmerge +(?:merge|plan|inspect|demo) .*$", README, re.MULTILINE))
+def test_every_command_line_parses(line: str) -> None:
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    command = cli.commands[name]
+    command.make_context(name, arguments)
+
+
+def test_every_script_exists_and_is_executable() -> None:
+    for name in set(re.findall(r"(?:scripts|\.ci)/\w+", README)):
+        assert (ROOT / name).stat().st_mode & 0o100, name
+
+
+def test_scripts_are_short() -> None:
+    for path in (ROOT / "scripts").iterdir():
+        assert len(path.read_text().splitlines()) < 20, path
+
+
+def test_the_python_block_runs(tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+    monkeypatch.chdir(tiny[0].parent)
+    exec(compile(block("python"), "README.md", "exec"), {})
+    assert Path("merged/config.json").exists()
+    assert Path("merged-f16/config.json").exists()
+
+
+def test_the_option_table_is_the_command_s() -> None:
+    options = {name for row in rows_after("| `merge` option") for name in code_words(row[0])}
+    known = {
+        name
+        for parameter in cli.commands["merge"].params
+        if isinstance(parameter, click.Option)
+        for name in parameter.opts
+    }
+    assert options == known
+
+
+def test_the_field_tables_are_the_code_s() -> None:
+    followed, init, ignored, refused = (row for row in rows_after("What each field of") if code_words(row[0]))
+    assert code_words(followed[0]) == adapter_config.SUPPORTED_FIELDS
+    assert code_words(init[0]) == {"init_lora_weights"}
+    assert code_words(init[1]) == adapter_config.PLAIN_INITS
+    assert code_words(ignored[0]) == adapter_config.IGNORED_FIELDS
+    assert code_words(refused[0]) == adapter_config.REFUSED_FIELDS.keys()
+
+
+def test_the_exit_codes_are_the_code_s() -> None:
+    stated = {int(code) for row in rows_after("## Exit codes") for code in row[0].split(", ")}
+    raised = {
+        value.exit_code
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, errors.RawmergeError)
+    }
+    assert stated == raised | {0, 2, command_line.INTERRUPTED, command_line.TERMINATED}
+
+
+def test_the_floors_are_the_house_s() -> None:
+    rows = rows_after("| floor | modules")
+    for floors, modules, _ in rows:
+        low, _, high = floors.split()[0].partition("-")
+        for name in code_words(modules):
+            assert int(low) <= FLOORS[name] <= int(high or low), name
+    assert {name for row in rows for name in code_words(row[1])} == FLOORS.keys()
