@@ -1,0 +1,64 @@
+"""Peak memory of a whole merge, as the operating system counts it: it does not follow the model's size."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.builders import PREFIX, write_adapter, write_base
+
+pytestmark = pytest.mark.slow
+MEBIBYTE = 2**20
+
+
+def peak_bytes(*arguments: str) -> int:
+    """Run Python and return its peak resident memory.
+
+    A small process starts it, because Linux counts a child's peak from its parent's memory on.
+    """
+    measure = "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL); "
+    measure += "_, status, usage = os.wait4(p.pid, 0); print(status, usage.ru_maxrss)"
+    command = [sys.executable, "-c", measure, sys.executable, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
+    status, kibibytes = done.stdout.split()[-2:]
+    assert status == "0", done.stderr
+    return int(kibibytes) * 1024
+
+
+def merge_peak(folder: Path, layers: int, shard_count: int, rows: int = 2048, columns: int = 3072) -> int:
+    weight = (torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns) % 997 / 997).bfloat16()
+    names = [f"layers.{layer}.q.weight" for layer in range(layers)]
+    shards = [{name: weight.clone() for name in names[number::shard_count]} for number in range(shard_count)]
+    base = write_base(folder / "base", shards)
+    pairs = {}
+    for name in names:
+        path = PREFIX + name.removesuffix(".weight")
+        pairs[f"{path}.lora_A.weight"] = torch.full((4, columns), 0.25)
+        pairs[f"{path}.lora_B.weight"] = torch.full((rows, 4), 0.5)
+    adapter = write_adapter(folder / "adapter", pairs)
+    arguments = ["merge", str(base), str(adapter), "--output", str(folder / "out"), "--threads", "2"]
+    return peak_bytes("-m", "rawmerge", *arguments)
+
+
+def test_the_peak_is_torch_and_a_few_tiles(tmp_path: Path) -> None:
+    imported = peak_bytes("-c", "import torch")
+    assert merge_peak(tmp_path, layers=30, shard_count=2) < imported + 64 * MEBIBYTE
+
+
+@pytest.mark.parametrize(("layers", "shard_count"), [(60, 2), (30, 1), (30, 15)])
+def test_the_peak_follows_neither_size_nor_shards(tmp_path: Path, layers: int, shard_count: int) -> None:
+    small = merge_peak(tmp_path / "small", layers=30, shard_count=2)
+    other = merge_peak(tmp_path / "other", layers=layers, shard_count=shard_count)
+    assert abs(other - small) < 0.05 * small
+
+
+def test_one_tensor_larger_than_the_tile_budget_is_tiled(tmp_path: Path) -> None:
+    imported = peak_bytes("-c", "import torch")
+    assert merge_peak(tmp_path, layers=1, shard_count=1, rows=2**15, columns=2**13) < imported + 64 * MEBIBYTE

@@ -1,0 +1,47 @@
+"""The property that tiling rests on: rows of a product cut into tiles have the bits of the whole product.
+
+The whole product is torch's own, with the threads it would use for PEFT.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from rawmerge.methods.interface import TileContext
+from rawmerge.methods.lora import LoraMethod
+from rawmerge.tile_computer import TileScratch, _blas_threads
+from rawmerge.tiles import TILE_ELEMENTS, tile_rows
+
+SHAPES = [(17, 100_000), (151, 20_000), (4096, 1024), (1100, 3000), (7, 100), (1000, 1000), (64, 64), (20, 70_001)]
+
+
+def random_shapes(count: int) -> list[tuple[int, int]]:
+    numbers = random.Random(5)
+    return [(numbers.randint(1, 900), numbers.choice((numbers.randint(1, 40), 4000))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("tile_elements", [TILE_ELEMENTS, 2**16])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("rank", [3, 16, 100])
+def test_tiles_have_the_whole_product_s_bits(rank: int, is_transposed: bool, tile_elements: int) -> None:
+    threads = torch.get_num_threads()
+    for out_features, in_features in [*SHAPES, *random_shapes(10)]:
+        generator = torch.Generator().manual_seed(out_features * in_features)
+        lora_a = torch.randn(rank, in_features, generator=generator)
+        lora_b = torch.randn(out_features, rank, generator=generator)
+        whole = lora_b @ lora_a
+        expected = whole.T if is_transposed else whole
+        tiled = torch.zeros(expected.shape)
+        settings = {"scaling": 1.0, "is_transposed": is_transposed, "rounds_delta": False}
+        context = TileContext(tuple(expected.shape), torch.float32, None)
+        update = LoraMethod().prepare(settings, {"lora_a": lora_a, "lora_b": lora_b}, context)
+        rows, columns = expected.shape
+        for first, count in tile_rows(rows, columns, tile_elements):
+            torch.set_num_threads(1)
+            with _blas_threads(threads if count == rows else 1):
+                update.apply(tiled[first : first + count], first, TileScratch())
+        torch.set_num_threads(threads)
+        assert torch.equal(tiled, expected + 0.0), (out_features, in_features)
