@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rawmerge.engine import ProgressCallback
-from rawmerge.hub import resolve_adapter, resolve_base
+from rawmerge.hub import resolve_adapter, resolve_base, resolve_either
 from rawmerge.inspection import Inspection, inspect_root
 from rawmerge.merge_plan import MergeOptions, MergePlan
 from rawmerge.plan import make_plan
@@ -78,8 +78,4 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
     Raises:
         RefusedError: neither a base nor an adapter can be read there.
     """
-    return inspect_root(resolve_adapter(path).path if _names_adapter(path) else resolve_base(path).path)
-
-
-def _names_adapter(path: str | os.PathLike[str]) -> bool:
-    return (Path(path) / "adapter_config.json").exists()
+    return inspect_root(resolve_either(path).path)

@@ -96,6 +96,18 @@ def resolve_adapter(spec: str | os.PathLike[str]) -> ResolvedSource:
     return _resolve(spec, _fetch_adapter)
 
 
+def resolve_either(spec: str | os.PathLike[str]) -> ResolvedSource:
+    """Return the local files of an adapter, where the repo holds one, else of a base.
+
+    Raises:
+        RefusedError: as `resolve_base` and `resolve_adapter`.
+    """
+    return _resolve(
+        spec,
+        lambda repo: (_fetch_adapter if adapter_config.CONFIG_NAME in repo.byte_counts else _fetch_base)(repo),
+    )
+
+
 def _resolve(spec: str | os.PathLike[str], fetch: Callable[[_Repo], Path]) -> ResolvedSource:
     path = _expand_home(Path(spec))
     hub_id = _HUB_ID.fullmatch(spec) if isinstance(spec, str) and not os.path.lexists(path) else None

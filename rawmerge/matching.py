@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rawmerge.adapter import Adapter
 from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.dtypes import DTYPES
-from rawmerge.errors import AdapterError, PlanError, Problem, ProblemCollector, UnsupportedAdapterError
+from rawmerge.errors import AdapterError, PlanError, Problem, ProblemCollector, UnsupportedAdapterError, quote
 from rawmerge.formats.adapter_names import AdapterTensorName, describe_foreign, parse_adapter_name
 from rawmerge.merge_plan import AdapterUse, Update
 from rawmerge.methods import METHODS, lora
@@ -18,6 +18,8 @@ from rawmerge.tensor_source import TensorSource
 
 #: Finding near misses compares names with names; past this many, one more suggestion tells nothing new.
 _MAX_SUGGESTIONS = 25
+#: How quantised formats name a module's packed weight: GPTQ and AWQ, compressed-tensors, MXFP4.
+_PACKED_ENDINGS = ("qweight", "weight_packed", "weight_blocks")
 _EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
 
@@ -126,13 +128,13 @@ class _Matcher:
 
     def _undeclared(self, name: AdapterTensorName) -> Problem:
         expected = "a tensor of a LoRA pair, or of a module in modules_to_save"
-        found = f"a tensor {name.parameter!r} of module {name.module_path!r}"
+        found = f"a tensor {quote(name.parameter)} of module {quote(name.module_path)}"
         return Problem(name.text, expected, found, "this version does not merge it; nothing may be dropped")
 
     def _stored_problem(self, name: AdapterTensorName) -> Problem | None:
         source, base_source = self.adapter.tensors[name.text], self.base.tensors.get(name.target)
         if base_source is None:
-            expected = f"a base tensor {name.target!r} that it replaces"
+            expected = f"a base tensor {quote(name.target)} that it replaces"
             return Problem(name.text, expected, "none", self._suggest(name.target))
         if source.shape != base_source.shape:
             hint = "changed vocabularies and heads are not merged yet"
@@ -146,8 +148,10 @@ class _Matcher:
         first = next(iter(pair.names.values())).text
         base_source = self.base.tensors.get(pair.target)
         if base_source is None:
-            expected = f"a base tensor {pair.target!r} for this pair"
-            return Problem(first, expected, "none", self._suggest(pair.target))
+            packed = next((name for name in self._packed_names(pair) if name in self.base.tensors), "")
+            hint = "merge into the unquantised base" if packed else self._suggest(pair.target)
+            found = f"packed weights, {quote(packed)}" if packed else "none"
+            return Problem(first, f"a base tensor {quote(pair.target)} for this pair", found, hint)
         if not DTYPES[base_source.dtype].is_mergeable:
             hint = "merge into the unquantised base"
             return Problem(pair.target, "a plain float dtype (F64, F32, BF16, F16)", base_source.dtype, hint)
@@ -156,6 +160,9 @@ class _Matcher:
             if not DTYPES[dtype].is_mergeable:
                 return Problem(name.text, "a plain float dtype (F32, BF16, F16)", dtype)
         return None
+
+    def _packed_names(self, pair: _Pair) -> Iterator[str]:
+        return (f"{pair.module_path}.{ending}" for ending in _PACKED_ENDINGS)
 
     def _suggest(self, target: str) -> str:
         self._suggestions += 1

@@ -85,24 +85,18 @@ class StagingDirectory:
         self._published = False
 
     def __enter__(self) -> StagingDirectory:
-        missing = [folder for folder in (self.output.parent, *self.output.parent.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._created.append(folder)
-        self.path.mkdir()
+        try:
+            self._make()
+        except BaseException:
+            self._remove()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._published:
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        for folder in reversed(self._created):
-            try:
-                folder.rmdir()
-            except OSError:  # another process put something there: it stays
-                return
+        if not self._published:
+            self._remove()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file durably."""
@@ -133,6 +127,21 @@ class StagingDirectory:
         self._published = True
         _sync_directory(self.output.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _make(self) -> None:
+        missing = [folder for folder in (self.output.parent, *self.output.parent.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._created.append(folder)
+        self.path.mkdir()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        for folder in reversed(self._created):
+            try:
+                folder.rmdir()
+            except OSError:  # another process put something there: it stays
+                return
 
 
 def _sync_directory(folder: Path) -> None:

@@ -162,6 +162,8 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
             with OutputFile(target, side.byte_count) as file:
                 file.copy_from(files, side.path, 0, 0, side.byte_count)
                 file.finish()
+            if Path(side.path).stat().st_size != side.byte_count:
+                raise InputChangedError(f"{quote(side.path)}: expected {side.byte_count} bytes as planned; it changed")
 
 
 def _record_text(plan: MergePlan) -> str:

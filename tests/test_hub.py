@@ -297,3 +297,9 @@ def test_a_broken_link_is_a_missing_path_not_a_hub_id(tmp_path: Path, monkeypatc
     Path("org/name").symlink_to("nowhere")
     with pytest.raises(MissingFileError, match="org/name"):
         resolve_base("org/name")
+
+
+def test_what_is_not_said_to_be_a_base_is_fetched_as_the_adapter_it_is(run: Runner) -> None:
+    run.hub.commit("org/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "config.json": b"{}"})
+    (lora,) = run(("either", "org/lora"))
+    assert lora["files"] == ["adapter_config.json", "adapter_model.safetensors"]

@@ -197,6 +197,13 @@ def test_a_pair_on_packed_weights_is_refused(tmp_path: Path) -> None:
         rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", lora_pair("q", 6, 5)))
 
 
+@pytest.mark.parametrize("ending", ["qweight", "weight_packed"])
+def test_a_pair_on_a_packed_base_is_told_to_take_the_unquantised_one(tmp_path: Path, ending: str) -> None:
+    base = write_base(tmp_path / "base", [{f"q.{ending}": torch.zeros(6, 5, dtype=torch.int32)}])
+    with pytest.raises(PlanError, match=rf"found packed weights, 'q\.{ending}'(.|\n)*unquantised base"):
+        rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", lora_pair("q", 6, 5)))
+
+
 def square(folder: Path, base_config: dict[str, Any], **fields: Any) -> Paths:
     base = write_base(folder / "base", [{"h.0.c_proj.weight": random_tensor((6, 6))}], base_config)
     return base, write_adapter(folder / "adapter", lora_pair("h.0.c_proj", 6, 6), **fields)

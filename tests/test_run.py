@@ -294,6 +294,14 @@ def test_a_base_that_changed_since_the_plan_is_refused(tiny: Paths, tmp_path: Pa
     assert_only_inputs_left(tmp_path)
 
 
+def test_a_side_file_that_grew_since_the_plan_is_an_error(tiny: Paths, tmp_path: Path) -> None:
+    plan = rawmerge.plan_merge(*tiny)
+    (tiny[0] / "tokenizer.json").write_text('{"version": "2.0", "more": true}')
+    with pytest.raises(InputChangedError, match=r"tokenizer\.json"):
+        rawmerge.run_plan(plan, tmp_path / "out")
+    assert_only_inputs_left(tmp_path)
+
+
 def test_a_base_truncated_while_it_is_read_is_an_error_not_a_crash(tiny: Paths, tmp_path: Path) -> None:
     base, adapter = tiny
     plan = rawmerge.plan_merge(base, adapter)

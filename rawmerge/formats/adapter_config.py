@@ -112,7 +112,7 @@ def _first_match(pattern: Mapping[str, _T], module_path: str, default: _T) -> _T
     for key, value in pattern.items():
         if re.match(_as_regex(key), module_path):
             return value
-    return default
+    return pattern.get(module_path, default)  # PEFT takes a key that is the path itself, whatever it means as a regex
 
 
 def _as_regex(key: str) -> str:

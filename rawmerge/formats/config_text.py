@@ -33,10 +33,12 @@ def replace_values(text: str, edits: Mapping[tuple[str, ...], Any]) -> str:
         text: a JSON object.
         edits: path of keys from the top to the new value.
     """
-    hits = [member for member in _members(text) if member.path in edits]
-    for member in sorted(hits, key=lambda hit: hit.start, reverse=True):
-        text = text[: member.start] + json.dumps(edits[member.path]) + text[member.end :]
-    return text
+    pieces, position = [], 0
+    for member in _members(text):
+        if member.path in edits and member.start >= position:  # not inside a value that is replaced as a whole
+            pieces += [text[position : member.start], json.dumps(edits[member.path])]
+            position = member.end
+    return "".join([*pieces, text[position:]])
 
 
 def insert_value(text: str, key: str, value: Any) -> str:

@@ -1,7 +1,7 @@
 """The header of one safetensors file: bytes to `ShardHeader` and back, with every rule of the format checked.
 
 Source: safetensors 0.8, README section "Format" and `Metadata::validate` in `safetensors/src/tensor.rs`. Stricter
-than it in two places: duplicate keys and unknown fields of a tensor's entry are refused.
+than it: duplicate keys, unknown fields of a tensor's entry, more than 64 dimensions and sizes past 2**63 are refused.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _parse_sizes(value: object, what: str, path: str) -> tuple[int, ...]:
 
 def _check_size(entry: TensorEntry, dtype: StorageDtype, path: str) -> None:
     if prod(size for size in entry.shape if size) >= 2**63:  # a dimension of 0 does not excuse the others
-        raise _broken(path, f"{quote(entry.name)} to have sizes whose product can be counted", str(list(entry.shape))[:80])
+        raise _broken(path, f"{quote(entry.name)} to have a countable shape", str(list(entry.shape))[:80])
     needed = dtype.byte_count(prod(entry.shape))
     if entry.byte_count != needed:
         described = f"{needed} bytes for {dtype.code} {list(entry.shape)}" if needed >= 0 else "whole bytes"
