@@ -19,6 +19,7 @@ from rawmerge.tensor_source import OpenFiles, TensorSource
 from rawmerge.tiles import TILE_ELEMENTS, matrix_shape, tile_rows
 
 if TYPE_CHECKING:
+    from rawmerge.blas_threads import BlasThreads
     from rawmerge.tile_computer import TensorComputer, TileScratch
 
 #: A copied range is cut into jobs of this size, so that progress moves and threads share the work.
@@ -87,7 +88,7 @@ class Engine:
         self._files = OpenFiles()
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._torch_threads = 0
+        self._blas_threads: BlasThreads | None = None
 
     def run(self, shards: Iterable[tuple[ShardPlan, OutputFile]], report: ProgressCallback | None) -> None:
         """Write all shards and make them durable.
@@ -114,7 +115,8 @@ class Engine:
                 running.abandon()
                 raise
             finally:
-                self._restore_torch_threads()
+                if self._blas_threads:
+                    self._blas_threads.restore()
 
     def _jobs(self, plan: ShardPlan, file: OutputFile) -> Iterator[_Job]:
         kept: list[Step] = []
@@ -156,9 +158,9 @@ class Engine:
 
     def _tile(self, tensor: _Computed, file: OutputFile, first: int, count: int, target: int) -> Callable[[], None]:
         def call() -> None:
-            scratch, whole_threads = self._thread_state()
+            scratch = self._scratch()
             computer = tensor.computer()
-            file.write_at(target, computer.compute(first, count, scratch, whole_threads))
+            file.write_at(target, computer.compute(first, count, scratch))
             if computer.changed:
                 self.changed.add(tensor.name)
 
@@ -168,27 +170,25 @@ class Engine:
         """Return a computer for `step`; the first call imports torch, in a worker, beside others' copying."""
         from rawmerge.tile_computer import TensorComputer
 
-        return TensorComputer(step, self._files, self._compute_dtype)
+        return TensorComputer(step, self._files, self._blas(), self._compute_dtype)
 
-    def _thread_state(self) -> tuple[TileScratch, int]:
-        """Return the calling thread's buffers, and the thread count that torch gave BLAS before we changed it."""
+    def _scratch(self) -> TileScratch:
+        """Return the calling thread's buffers; its first call imports torch."""
         if not hasattr(self._local, "scratch"):
-            import torch
-
             from rawmerge.tile_computer import TileScratch
 
-            with self._lock:  # torch hands the count last set to each new thread, so only the first one sees its own
-                self._torch_threads = self._torch_threads or torch.get_num_threads()
-                torch.set_num_threads(1)
+            self._blas().adopt()
             self._local.scratch = TileScratch()
         scratch: TileScratch = self._local.scratch
-        return scratch, self._torch_threads
+        return scratch
 
-    def _restore_torch_threads(self) -> None:
-        if self._torch_threads:
-            import torch
+    def _blas(self) -> BlasThreads:
+        with self._lock:
+            if self._blas_threads is None:
+                from rawmerge.blas_threads import BlasThreads
 
-            torch.set_num_threads(self._torch_threads)
+                self._blas_threads = BlasThreads()
+            return self._blas_threads
 
 
 class _Computed:

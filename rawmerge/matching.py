@@ -194,26 +194,35 @@ def _foreign_problem(name: str) -> Problem:
 
 
 class _SquareLayout:
-    """Which square weights are stored (in, out): by family, else by what the other modules show.
+    """Which square weights are stored (in, out): by family, else by what modules of the same name show.
 
-    PEFT's `fan_in_fan_out` flag is that of the module it visited last, so alone it settles nothing for an adapter
-    that has modules of both layouts.
+    PEFT's `fan_in_fan_out` flag is that of the module it visited last, so it says nothing of the others.
     """
 
     def __init__(self, base: BaseCheckpoint, adapter: Adapter, pairs: Iterable[_Pair]) -> None:
         self.config = base.config
-        seen = set(_seen_layouts(base, adapter, pairs))
-        flag = adapter.config.fan_in_fan_out
-        # with the flag set and only transposed modules in sight (or neither), all are transposed; and conversely
-        self.by_evidence: bool | None = None if (not flag) in seen else flag
+        self.flag = adapter.config.fan_in_fan_out
+        self.seen: dict[str, set[bool]] = {}
+        for leaf, is_transposed in _seen_layouts(base, adapter, pairs):
+            self.seen.setdefault(leaf, set()).add(is_transposed)
 
     def is_transposed(self, module_path: str) -> bool | None:
-        by_family = self.config.is_conv1d(module_path)
-        return self.by_evidence if by_family is None else by_family
+        leaf = _leaf(module_path)
+        if self.config.is_conv1d(leaf):
+            return True
+        if len(evidence := self.seen.get(leaf, set())) == 1:
+            return next(iter(evidence))
+        unexplained = any(True in found for name, found in self.seen.items() if not self.config.is_conv1d(name))
+        is_linear = self.config.is_of_transformers or not self.flag
+        return False if is_linear and not unexplained else None
 
 
-def _seen_layouts(base: BaseCheckpoint, adapter: Adapter, pairs: Iterable[_Pair]) -> Iterator[bool]:
-    """Yield, for each pair on a weight that is not square, whether that is stored (in, out)."""
+def _leaf(module_path: str) -> str:
+    return module_path.rpartition(".")[2]
+
+
+def _seen_layouts(base: BaseCheckpoint, adapter: Adapter, pairs: Iterable[_Pair]) -> Iterator[tuple[str, bool]]:
+    """Yield, for each pair on a weight that is not square, its module's name and whether it is stored (in, out)."""
     for pair in pairs:
         base_source = base.tensors.get(pair.target)
         if base_source is None or set(pair.names) != {"lora_a", "lora_b"}:
@@ -222,4 +231,4 @@ def _seen_layouts(base: BaseCheckpoint, adapter: Adapter, pairs: Iterable[_Pair]
         if all(len(shape) == 2 for shape in shapes):
             delta = (shapes[0][0], shapes[1][1])
             if delta[0] != delta[1] and base_source.shape in (delta, delta[::-1]):
-                yield base_source.shape == delta[::-1]
+                yield _leaf(pair.module_path), base_source.shape == delta[::-1]

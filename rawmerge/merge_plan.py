@@ -44,10 +44,17 @@ class UpdateTensor:
     """Compute a tensor tile by tile: read, apply the updates in order, round once, write.
 
     Without updates this is a cast to the entry's dtype.
+
+    Attributes:
+        entry: the tensor in the output.
+        source: its values before the updates: the base's, or stored whole by the adapter.
+        base_dtype: the base's dtype of this tensor, which a source from the adapter need not share.
+        updates: what is applied, in order.
     """
 
     entry: TensorEntry
     source: TensorSource
+    base_dtype: str
     updates: tuple[Update, ...]
 
 

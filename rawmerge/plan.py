@@ -110,17 +110,17 @@ class _Planner:
         replacement = self.matches.replacements.get(name)
         updates = self.matches.updates.get(name, ())
         if updates:
-            return UpdateTensor(entry, replacement or source, updates)
+            return UpdateTensor(entry, replacement or source, source.dtype, updates)
         if replacement:
             return ReplaceTensor(entry, replacement)
-        return KeepTensor(entry, source) if entry.dtype == source.dtype else UpdateTensor(entry, source, ())
+        return _keep_or_cast(entry, source)
 
     def _untied_steps(self, shard: ShardFile) -> Iterator[Step]:
         """Yield the output embedding that was tied to a changed input embedding, as the base has it."""
         source = self.base.tensors[self.untied] if self.untied else None
         if source and source.path == str(shard.path) and OUTPUT_EMBEDDING not in self.base.tensors:
             entry = TensorEntry(OUTPUT_EMBEDDING, self._output_dtype(source.dtype), source.shape, 0, 0)
-            yield KeepTensor(entry, source) if entry.dtype == source.dtype else UpdateTensor(entry, source, ())
+            yield _keep_or_cast(entry, source)
 
     def _output_dtype(self, stored: str) -> str:
         asked = OUTPUT_DTYPES.get(self.options.output_dtype, stored)
@@ -167,6 +167,11 @@ class _Planner:
             yield f"{len(unlisted)} tensors are in the shards but not in the base's index; they are kept and listed"
         if not self.base.is_directory:
             yield "the base is a single file: no config or other side files are written"
+
+
+def _keep_or_cast(entry: TensorEntry, source: TensorSource) -> Step:
+    is_kept = entry.dtype == source.dtype
+    return KeepTensor(entry, source) if is_kept else UpdateTensor(entry, source, source.dtype, ())
 
 
 def _place(steps: Iterable[Step]) -> Iterator[Step]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 
+from rawmerge.blas_threads import BlasThreads
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import NonFiniteTensorError
 from rawmerge.merge_plan import ReplaceTensor, UpdateTensor
@@ -45,31 +46,39 @@ class TileScratch:
 
 
 class TensorComputer:
-    """Computes the tiles of one step, in any order, from any thread."""
+    """Computes the tiles of one step, in any order, from any thread.
 
-    def __init__(self, step: UpdateTensor | ReplaceTensor, files: OpenFiles, compute_dtype: str) -> None:
+    Attributes:
+        step: what is computed.
+        changed: whether an element is known to differ from what it was before the updates.
+    """
+
+    def __init__(
+        self, step: UpdateTensor | ReplaceTensor, files: OpenFiles, blas: BlasThreads, compute_dtype: str
+    ) -> None:
         self.step = step
         self.changed = isinstance(step, ReplaceTensor)
         self._files = files
-        self._storage_dtype = torch_dtype(step.source.dtype)
+        self._blas = blas
+        self._source_dtype = torch_dtype(step.source.dtype)
         self._output_dtype = torch_dtype(step.entry.dtype)
-        is_double = compute_dtype == "float64" or torch.float64 in (self._storage_dtype, self._output_dtype)
+        base_dtype = torch_dtype(step.base_dtype) if isinstance(step, UpdateTensor) else self._source_dtype
+        is_double = compute_dtype == "float64" or torch.float64 in (base_dtype, self._output_dtype)
         # PEFT, too, computes in float64 where the base is: it gives adapter tensors the base's dtype
         self._tile_dtype = torch.float64 if is_double else torch.float32
-        # a second rounding would only lose precision where PEFT has none to be equal to
-        keeps_dtype = self._storage_dtype == self._output_dtype and compute_dtype == "float32"
-        self._rounding_dtype = self._storage_dtype if keeps_dtype else None
+        # PEFT rounds some things to the base's dtype on the way; where it has no say, that would only lose precision
+        is_peft = base_dtype == self._output_dtype and compute_dtype == "float32"
+        self._rounding_dtype = base_dtype if is_peft else None
         self._lock = threading.Lock()
         self._prepared: tuple[PreparedUpdate, ...] | None = None
 
-    def compute(self, first_row: int, row_count: int, scratch: TileScratch, whole_threads: int) -> memoryview:
+    def compute(self, first_row: int, row_count: int, scratch: TileScratch) -> memoryview:
         """Return the finished bytes of a tile; they stay valid until the thread's next tile.
 
         Args:
             first_row: the tile's first row.
             row_count: how many rows.
             scratch: the calling thread's buffers.
-            whole_threads: BLAS threads for a tile that is the whole tensor.
 
         Raises:
             NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
@@ -77,19 +86,28 @@ class TensorComputer:
         """
         rows, columns = matrix_shape(self.step.source.shape)
         shape = (row_count, columns)
-        before = scratch.tensor("before", shape, self._storage_dtype)
-        row_bytes = columns * self._storage_dtype.itemsize
-        offset = self.step.source.offset + first_row * row_bytes
-        self._files.read_into(self.step.source.path, offset, _as_bytes(before))
+        before = self._read_tile(first_row, shape, scratch)
         tile = scratch.tensor("tile", shape, self._tile_dtype)
         tile.copy_(before)
-        with _blas_threads(whole_threads if row_count == rows else 1):
-            for update in self._updates():
+        updates = self._updates()
+        with self._blas.whole() if updates and row_count == rows else nullcontext():
+            for update in updates:
                 update.apply(tile, first_row, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
         round_into(result, tile)
         self._check(result, tile, before)
         return _as_bytes(result)
+
+    def _read_tile(self, first_row: int, shape: tuple[int, int], scratch: TileScratch) -> torch.Tensor:
+        """Return the rows as they are before the updates, in the dtype in which PEFT would hold them."""
+        stored = scratch.tensor("stored", shape, self._source_dtype)
+        offset = self.step.source.offset + first_row * shape[1] * self._source_dtype.itemsize
+        self._files.read_into(self.step.source.path, offset, _as_bytes(stored))
+        if self._rounding_dtype in (None, self._source_dtype):
+            return stored
+        rounded = scratch.tensor("rounded", shape, self._rounding_dtype)
+        round_into(rounded, stored)
+        return rounded
 
     def _check(self, result: torch.Tensor, tile: torch.Tensor, before: torch.Tensor) -> None:
         if has_overflow(tile, self._output_dtype):
@@ -122,20 +140,3 @@ class TensorComputer:
 
 def _as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-@contextmanager
-def _blas_threads(count: int) -> Iterator[None]:
-    """Let this thread's products use `count` threads.
-
-    A tensor of one tile is computed by the very call that PEFT makes, threads included: on very low matrices the
-    count changes bits. Everything higher is cut into tiles, one thread each.
-    """
-    if count == 1:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(1)

@@ -23,6 +23,7 @@ FLOORS = {
     "methods": 1,
     "tiles": 1,
     "rounding": 1,
+    "blas_threads": 1,
     "tensor_source": 2,
     "side_files": 2,
     "base_checkpoint": 3,
@@ -54,9 +55,9 @@ THIRD_PARTY = {
     "huggingface_hub": {"hub"},
     "safetensors": {"demo"},
     "numpy": {"demo"},
-    "torch": {"tile_computer", "rounding", "engine", "methods", "demo"},
+    "torch": {"tile_computer", "rounding", "blas_threads", "methods", "demo"},
 }
-TORCH_AT_IMPORT = {"tile_computer", "rounding"}
+TORCH_AT_IMPORT = {"tile_computer", "rounding", "blas_threads"}
 
 
 def module_files() -> list[Path]:

@@ -215,7 +215,9 @@ def is_transposed(plan: rawmerge.MergePlan, name: str) -> bool:
     return bool(step.updates[0].settings["is_transposed"])
 
 
-@pytest.mark.parametrize(("model_type", "flag", "expected"), [("gpt2", False, True), ("llama", False, False)])
+@pytest.mark.parametrize(
+    ("model_type", "flag", "expected"), [("gpt2", False, True), ("llama", False, False), ("llama", True, False)]
+)
 def test_a_square_weight_s_layout_comes_from_its_family(
     tmp_path: Path, model_type: str, flag: bool, expected: bool
 ) -> None:
@@ -232,13 +234,17 @@ def test_a_square_weight_of_undecidable_layout_is_refused(tmp_path: Path) -> Non
         rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", pairs, fan_in_fan_out=False))
 
 
-def test_the_flag_decides_when_all_other_modules_agree_with_it(tmp_path: Path) -> None:
-    base = write_base(
-        tmp_path / "base", [{"c_attn.weight": random_tensor((6, 18)), "c_proj.weight": random_tensor((6, 6))}], {"a": 1}
-    )
-    pairs = lora_pair("c_attn", 18, 6) | lora_pair("c_proj", 6, 6)
-    plan = rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", pairs, fan_in_fan_out=True))
-    assert is_transposed(plan, "c_proj.weight")
+def test_a_square_weight_follows_modules_of_its_name(tmp_path: Path) -> None:
+    tensors = {"attn.c_proj.weight": random_tensor((6, 6)), "mlp.c_proj.weight": random_tensor((24, 6))}
+    base = write_base(tmp_path / "base", [tensors], {"model_type": "own", "auto_map": {"AutoModel": "own.Model"}})
+    pairs = lora_pair("attn.c_proj", 6, 6) | lora_pair("mlp.c_proj", 6, 24)
+    plan = rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", pairs))
+    assert is_transposed(plan, "attn.c_proj.weight")
+
+
+def test_the_flag_alone_settles_no_square_weight(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"'h\.0\.c_proj\.weight': expected a known layout"):
+        rawmerge.plan_merge(*square(tmp_path, {"a": 1}, fan_in_fan_out=True))
 
 
 def test_modules_to_save_replace_and_are_told(tiny: Paths, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from rawmerge.methods.interface import TileContext
 from rawmerge.methods.lora import LoraMethod
-from rawmerge.tile_computer import TileScratch, _blas_threads
+from rawmerge.tile_computer import TileScratch
 from rawmerge.tiles import TILE_ELEMENTS, tile_rows
 
 SHAPES = [(17, 100_000), (151, 20_000), (4096, 1024), (1100, 3000), (7, 100), (1000, 1000), (64, 64), (20, 70_001)]
@@ -40,8 +40,7 @@ def test_tiles_have_the_whole_product_s_bits(rank: int, is_transposed: bool, til
         update = LoraMethod().prepare(settings, {"lora_a": lora_a, "lora_b": lora_b}, context)
         rows, columns = expected.shape
         for first, count in tile_rows(rows, columns, tile_elements):
-            torch.set_num_threads(1)
-            with _blas_threads(threads if count == rows else 1):
-                update.apply(tiled[first : first + count], first, TileScratch())
+            torch.set_num_threads(threads if count == rows else 1)
+            update.apply(tiled[first : first + count], first, TileScratch())
         torch.set_num_threads(threads)
         assert torch.equal(tiled, expected + 0.0), (out_features, in_features)

@@ -33,6 +33,8 @@ def replace_values(text: str, edits: Mapping[tuple[str, ...], Any]) -> str:
         text: a JSON object.
         edits: path of keys from the top to the new value.
     """
+    if not edits:  # a base without a config has an empty text
+        return text
     pieces, position = [], 0
     for member in _members(text):
         if member.path in edits and member.start >= position:  # not inside a value that is replaced as a whole

@@ -22,17 +22,29 @@ CONV1D_MODULES: Final = {
     model_type: frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
     for model_type in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 }
-#: Families whose config class ties lm_head to the input embedding unless the file says otherwise.
+#: Families whose config class in transformers 5.23 has tie_word_embeddings true where the file does not say.
 TIED_BY_DEFAULT: Final = frozenset(
     """
-    bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert cohere
-    cohere2 cohere2_moe cohere_compass_text cpmant ctrl data2vec-text electra ernie ernie4_5 ernie4_5_moe falcon
-    falcon_mamba gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text
-    gemma4_unified gemma4_unified_assistant gemma4_unified_text got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo
-    gpt_neox_japanese granite_swa jetmoe lfm2 lfm2_moe lfm3 mamba marian mbart megatron-bert minicpm3
-    modernbert-decoder moss_transcribe_diarize mpt mvp openai-gpt opt pegasus plbart prophetnet recurrent_gemma
-    roberta roberta-prelayernorm roc_bert roformer smollm3 starcoder2 trocr vaultgemma whisper xglm xlm xlm-roberta
-    xlm-roberta-xl xlnet xmod youtu zamba zamba2 zaya
+    albert aya_vision bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip
+    blip_text_model bloom camembert canary cohere cohere2 cohere2_moe cohere2_vision cohere_compass_text
+    convbert cpmant csm ctrl d_fine dab-detr data2vec-text deberta deberta-v2 deepseek_vl deepseek_vl_hybrid
+    deformable_detr deimv2 diffusion_gemma diffusion_gemma_text distilbert electra ernie ernie4_5 ernie4_5_moe
+    ernie4_5_vl_moe ernie4_5_vl_moe_text esm falcon falcon_mamba flaubert flava florence2 fnet fun_asr_nano
+    funnel gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text
+    gemma4_unified gemma4_unified_assistant gemma4_unified_text glmasr got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo
+    gpt_neox_japanese granite_docling granite_docling_text granite_speech granite_speech5_ctc
+    granite_speech_plus granite_swa grounding-dino gte hunyuan_vl hunyuan_vl_text hyperclovax_vision_v2 ibert
+    internvl janus jetmoe jina_embeddings_v3 kimi_k25 kosmos-2 kosmos-2.5 kosmos_2_5_text_model
+    kosmos_2_text_model layoutlm led lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr longformer longt5 luke
+    lxmert m2m_100 mamba marian mbart megatron-bert mimi mimi_decoder mimi_encoder minicpm3 minicpm_ocr mistral3
+    mm-grounding-dino mobilebert modernbert modernbert-decoder moonshine moss_transcribe_diarize mpnet mpt mra
+    mt5 mvp neomme nllb-moe nomic_bert nystromformer openai-gpt opt ovis2 paddleocr_vl paddleocr_vl_text
+    paligemma pe_audio_video pegasus pegasus_x plbart pop2piano pp_chart2table pp_doclayout_v3 pp_doclayout_v4
+    prophetnet qwen2_5_omni_text qwen3_asr qwen3_vl_moe_text recurrent_gemma roberta roberta-prelayernorm
+    roc_bert roformer rt_detr_v2 sam sam_hq seamless_m4t seamless_m4t_v2 shieldgemma2 smollm3 speech_to_text
+    speecht5 squeezebert starcoder2 switch_transformers t5 t5_gemma_module t5gemma t5gemma2 t5gemma2_decoder
+    t5gemma2_encoder t5gemma2_text tapas trocr udop umt5 vaultgemma vilt visual_bert voxtral_realtime whisper
+    xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2 zaya
     """.split()  # noqa: SIM905  # a list would take a line for each
 )
 
@@ -67,10 +79,19 @@ class ModelConfig:
         stated = self.fields.get(TIE_KEY)
         return stated if isinstance(stated, bool) else self.model_type in TIED_BY_DEFAULT
 
-    def is_conv1d(self, module_path: str) -> bool | None:
-        """Whether the module is a Conv1D, stored (in, out); None where the family is not known to have any."""
-        names = CONV1D_MODULES.get(self.model_type)
-        return None if names is None else module_path.rpartition(".")[2] in names
+    @property
+    def model_types(self) -> frozenset[str]:
+        """The `model_type` of this config and of those nested in it, such as an encoder's and a decoder's."""
+        return frozenset(_model_types(self.fields))
+
+    @property
+    def is_of_transformers(self) -> bool:
+        """Whether the model is built from transformers' own classes, as far as the config tells."""
+        return bool(self.model_type) and "auto_map" not in self.fields
+
+    def is_conv1d(self, module_name: str) -> bool:
+        """Whether a module of this last name is a Conv1D, stored (in, out), in a family that has some."""
+        return any(module_name in CONV1D_MODULES.get(model_type, ()) for model_type in self.model_types)
 
 
 def parse_model_config(raw: bytes, path: str) -> ModelConfig:
@@ -97,6 +118,14 @@ def with_untied_embeddings(config: ModelConfig, text: str) -> str:
     paths = [(TIE_KEY,), *((key, TIE_KEY) for key, value in config.fields.items() if isinstance(value, dict))]
     edited = replace_values(text, dict.fromkeys(paths, False))
     return edited if TIE_KEY in config.fields else insert_value(edited, TIE_KEY, False)
+
+
+def _model_types(fields: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in fields.items():
+        if key == "model_type" and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from _model_types(value)
 
 
 def _dtype_paths(fields: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

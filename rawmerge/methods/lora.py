@@ -139,7 +139,7 @@ def _is_transposed(delta_shape: Shape, facts: ModuleFacts) -> bool:
     if len(delta_shape) != 2 or delta_shape[0] != delta_shape[1]:
         return len(delta_shape) == 2 and delta_shape[::-1] == facts.base_shape
     if facts.square_is_transposed is None:
-        hint = "add a config.json with the model_type to the base; square weights do not show their layout"
+        hint = "a square weight does not show its layout; a config.json with transformers' model_type would tell it"
         raise ShapeMismatchError("lora_b @ lora_a", "a known layout, (out, in) or (in, out)", "either", hint)
     return facts.square_is_transposed
 
