@@ -46,5 +46,6 @@ class BlasThreads:
 
     def restore(self) -> None:
         """Give torch back the count that it had before the merge."""
-        with _COUNT_LOCK:
-            torch.set_num_threads(self._whole_count)
+        if self._whole_count:
+            with _COUNT_LOCK:
+                torch.set_num_threads(self._whole_count)

@@ -102,6 +102,8 @@ class Engine:
         """
         with self._files, ThreadPoolExecutor(self._threads) as workers, ThreadPoolExecutor(1) as syncer:
             running = _Running(self._total_bytes, report, syncer, limit=2 * self._threads)
+            # importing torch takes as long as copying a gigabyte; it starts beside the first ranges
+            loading = syncer.submit(self._blas)
             try:
                 for plan, file in shards:
                     running.begin(_Shard(plan.name, file))
@@ -110,6 +112,7 @@ class Engine:
                         running.submit(workers, job)
                     running.end()
                 running.drain()
+                loading.result()
             except BaseException:
                 workers.shutdown(wait=True, cancel_futures=True)
                 running.abandon()
@@ -167,13 +170,13 @@ class Engine:
         return call
 
     def computer(self, step: UpdateTensor | ReplaceTensor) -> TensorComputer:
-        """Return a computer for `step`; the first call imports torch, in a worker, beside others' copying."""
+        """Return a computer for `step`."""
         from rawmerge.tile_computer import TensorComputer
 
         return TensorComputer(step, self._files, self._blas(), self._compute_dtype)
 
     def _scratch(self) -> TileScratch:
-        """Return the calling thread's buffers; its first call imports torch."""
+        """Return the calling thread's buffers."""
         if not hasattr(self._local, "scratch"):
             from rawmerge.tile_computer import TileScratch
 

@@ -355,6 +355,15 @@ def test_a_tensor_whose_delta_is_lost_in_rounding_is_told(tmp_path: Path) -> Non
     assert rawmerge.merge_adapter(base, adapter, tmp_path / "out").unchanged == ("k.weight",)
 
 
+def test_an_adapter_that_only_replaces_is_merged(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", [{"norm.weight": random_tensor((8,)), "q.weight": random_tensor((6, 5))}])
+    trained = random_tensor((8,), seed=5)
+    adapter = write_adapter(tmp_path / "adapter", {f"{PREFIX}norm.weight": trained}, modules_to_save=["norm"])
+    summary = rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+    assert summary.counts == {"kept": 1, "updated": 0, "cast": 0, "replaced": 1}
+    assert raw(read_all(tmp_path / "out")["norm.weight"]) == raw(trained)
+
+
 def test_a_single_file_base_becomes_a_directory_with_that_file(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", [{"q.weight": random_tensor((6, 5))}]) / "model.safetensors"
     adapter = write_adapter(tmp_path / "adapter", lora_pair("q", 6, 5))
