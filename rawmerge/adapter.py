@@ -42,6 +42,7 @@ def read_adapter(path: Path) -> Adapter:
         AdapterError: the config is malformed, or (UnsupportedAdapterError) asks for what rawmerge does not merge.
         ShardFormatError: the tensor file breaks the format.
     """
+    path = path.parent if path.name == CONFIG_NAME else path
     root, weights_path = (path, path / WEIGHTS_NAME) if path.is_dir() else (path.parent, path)
     problems = ProblemCollector()
     with problems.absorb():

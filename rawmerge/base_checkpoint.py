@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,10 +59,13 @@ def read_base(root: Path) -> BaseCheckpoint:
         MissingFileError: there is no checkpoint at `root`, or a shard is missing.
         CheckpointError: files contradict each other; ShardFormatError: a file breaks the format.
     """
+    root = root.parent if root.name in {INDEX_NAME, CONFIG_NAME} else root
     directory = root if root.is_dir() else root.parent
     index_path = directory / INDEX_NAME
-    index_raw = read_small_file(index_path, MAX_INDEX_BYTES) if root.is_dir() and index_path.exists() else b""
-    weight_map = parse_weight_map(index_raw, str(index_path)) if index_raw else None
+    # lexists: a link to nothing is a broken base, not one without an index
+    has_index = root.is_dir() and os.path.lexists(index_path)
+    index_raw = read_small_file(index_path, MAX_INDEX_BYTES) if has_index else b""
+    weight_map = parse_weight_map(index_raw, str(index_path)) if has_index else None
     shards = _read_shards(directory, weight_map.shard_names if weight_map else _unindexed_shards(root))
     if weight_map:
         _check_index(weight_map, shards)
@@ -72,6 +76,7 @@ def read_base(root: Path) -> BaseCheckpoint:
 
 def _unindexed_shards(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
+        _refuse_part(root)
         return (root.name,)
     names = sorted(path.name for path in root.iterdir() if path.name.endswith(SHARD_SUFFIX))
     if SINGLE_NAME in names:
@@ -80,6 +85,17 @@ def _unindexed_shards(root: Path) -> tuple[str, ...]:
     if len(candidates) == 1 and not _NUMBERED.fullmatch(candidates[0]):
         return candidates
     return _complete_set(root, candidates)
+
+
+def _refuse_part(path: Path) -> None:
+    """Refuse one shard of several, or an adapter's file, in place of a base."""
+    numbered = _NUMBERED.fullmatch(path.name)
+    if numbered and int(numbered["count"]) > 1:
+        hint = f"name the folder: {path.parent}"
+        raise CheckpointError(Problem(str(path), "a whole base", f"one of {int(numbered['count'])} shards", hint))
+    if path.name.startswith("adapter_"):
+        hint = "the base comes first, then the adapter"
+        raise CheckpointError(Problem(str(path), "a base", "a file of an adapter", hint))
 
 
 def _complete_set(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -99,7 +115,18 @@ def _complete_set(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
 def _no_checkpoint(root: Path, names: Iterable[str]) -> Problem:
     found = ", ".join(names)[:300] or _other_formats(root) or "no *.safetensors file"
     hint = "name the folder that holds the base model's safetensors files"
+    if (root / "adapter_config.json").exists():
+        found, hint = "an adapter", "the base comes first, then the adapter"
+    elif nested := _nested_checkpoints(root):
+        hint = f"did you mean a folder in it: {', '.join(nested)}"
     return Problem(str(root), f"{INDEX_NAME}, {SINGLE_NAME}, or one complete set of shards", found, hint)
+
+
+def _nested_checkpoints(root: Path) -> list[str]:
+    """Return folders at most two levels down that hold a base, such as a hub cache's snapshots."""
+    found = (path.parent for name in (INDEX_NAME, SINGLE_NAME) for path in root.glob(f"*/{name}"))
+    deeper = (path.parent for name in (INDEX_NAME, SINGLE_NAME) for path in root.glob(f"*/*/{name}"))
+    return sorted({str(path.relative_to(root)) for path in (*found, *deeper)})[:5]
 
 
 def _other_formats(root: Path) -> str:
@@ -142,4 +169,4 @@ def _gather_tensors(shards: Iterable[ShardFile]) -> dict[str, TensorSource]:
 
 
 def _read_config(path: Path) -> ModelConfig:
-    return parse_model_config(read_small_file(path), str(path)) if path.exists() else ModelConfig("", {})
+    return parse_model_config(read_small_file(path), str(path)) if os.path.lexists(path) else ModelConfig("", {})

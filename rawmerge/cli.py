@@ -5,6 +5,7 @@ Text for people goes to stderr, results go to stdout, so that a result can be pi
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,17 @@ import rawmerge
 from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
 from rawmerge.errors import RawmergeError
 
+REFUSED = 3
 INTERRUPTED = 130
 TERMINATED = 143
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal that ends the command, and the exit code that tells so."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 class _Commands(click.Group):
@@ -31,16 +41,28 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except RawmergeError as error:
-            from rawmerge.report import error_json, error_text
-
-            if ctx.meta.get("rawmerge.json"):
-                click.echo(error_json(error))
-            else:
-                click.echo(f"rawmerge: {error_text(error)}", err=True)
+            _tell_error(error, as_json=bool(ctx.meta.get("rawmerge.json")))
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("rawmerge: interrupted; nothing was published", err=True)
-            ctx.exit(INTERRUPTED)
+        except KeyboardInterrupt as error:
+            state = ", ".join(getattr(error, "__notes__", ())) or "nothing was published"
+            _say(f"rawmerge: interrupted; {state}", err=True)
+            ctx.exit(error.exit_code if isinstance(error, _Ended) else INTERRUPTED)
+
+
+def _tell_error(error: RawmergeError, *, as_json: bool) -> None:
+    from rawmerge.report import error_json, error_text
+
+    _say(error_json(error) if as_json else f"rawmerge: {error_text(error)}", err=not as_json)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print a line; a stream that is closed or full does not undo what was done."""
+    stream = sys.stderr if err else sys.stdout
+    try:
+        click.echo(text, file=stream)
+    except OSError:
+        # what the stream still holds would fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 _BASE = click.argument("base")
@@ -104,20 +126,20 @@ def merge(
 
     Prints the directory, or with --json a summary.
     """
-    from rawmerge.report import plan_text, summary_json, summary_text
+    from rawmerge.report import left_out_lines, plan_text, summary_json, summary_text
     from rawmerge.run import check_target
 
     plan = rawmerge.plan_merge(base, adapter, compute_dtype=compute_dtype, dtype=dtype)
     if dry_run:
         check_target(plan, output, overwrite=overwrite)
-        click.echo(rawmerge.format_plan(plan) if as_json else plan_text(plan))
+        _say(rawmerge.format_plan(plan) if as_json else plan_text(plan))
         return
-    for note in plan.notes:
-        click.echo(f"note: {note}", err=True)
+    for line in (*(f"note: {note}" for note in plan.notes), *left_out_lines(plan)):
+        _say(line, err=True)
     with _ended_by_signals(), _progress_bar(plan.tensor_bytes) as progress:
         summary = rawmerge.run_plan(plan, output, overwrite=overwrite, threads=threads, progress=progress)
-    click.echo(summary_text(summary), err=True)
-    click.echo(summary_json(summary) if as_json else summary.output)
+    _say(summary_text(summary), err=True)
+    _say(summary_json(summary) if as_json else summary.output)
 
 
 @cli.command()
@@ -131,48 +153,53 @@ def plan(base: str, adapter: str, dtype: str | None, compute_dtype: str, as_json
     from rawmerge.report import plan_text
 
     made = rawmerge.plan_merge(base, adapter, compute_dtype=compute_dtype, dtype=dtype)
-    click.echo(rawmerge.format_plan(made) if as_json else plan_text(made))
+    _say(rawmerge.format_plan(made) if as_json else plan_text(made))
 
 
 @cli.command()
 @click.argument("path")
 @_JSON
 def inspect(path: str, as_json: bool) -> None:
-    """Tell what a base or an adapter is, and whether it can be merged."""
+    """Tell what a base or an adapter is, and whether it can be merged; exit code 3 if it cannot."""
     from rawmerge.report import inspection_json, inspection_text
 
     found = rawmerge.inspect_path(path)
-    click.echo(inspection_json(found) if as_json else inspection_text(found))
+    _say(inspection_json(found) if as_json else inspection_text(found))
+    click.get_current_context().exit(REFUSED if found.problems else 0)
 
 
 @cli.command()
-@click.argument("directory", default="rawmerge-demo", type=click.Path(path_type=Path))
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
 @_JSON
-def demo(directory: Path, as_json: bool) -> None:
+def demo(directory: Path | None, as_json: bool) -> None:
     """Make a small base and adapter offline, merge them, and verify the result.
 
-    Writes DIRECTORY/base, DIRECTORY/adapter and DIRECTORY/merged; DIRECTORY must not exist.
+    Writes DIRECTORY/base, DIRECTORY/adapter and DIRECTORY/merged. DIRECTORY must not exist; without one, the first
+    free of rawmerge-demo, rawmerge-demo-2 and so on is taken.
     """
     import json
 
-    from rawmerge.demo import run_demo
+    from rawmerge.demo import free_directory, run_demo
 
     def tell(line: str) -> None:
-        click.echo(line, err=True)
+        _say(line, err=True)
 
-    result = run_demo(directory, tell)
-    click.echo(json.dumps(result) if as_json else result["output"])
+    result = run_demo(directory or free_directory(Path("rawmerge-demo")), tell)
+    _say(json.dumps(result) if as_json else result["output"])
 
 
 @contextmanager
 def _progress_bar(total_bytes: int) -> Iterator[Callable[[rawmerge.Progress], None] | None]:
     """Yield a callback that draws a bar on a terminal; None where stderr is none."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+    # some terminals, such as those that record a session, say that they are 0 columns wide; tqdm then draws nothing
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    width: dict[str, Any] = {"dynamic_ncols": True} if columns else {"ncols": 80}
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False, **width) as bar:
 
         def show(progress: rawmerge.Progress) -> None:
             bar.set_description_str(progress.tensor_name[-48:], refresh=False)
@@ -183,12 +210,14 @@ def _progress_bar(total_bytes: int) -> Iterator[Callable[[rawmerge.Progress], No
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a merge as Ctrl-C does: cleaned up, nothing published."""
+    """Let SIGTERM and SIGHUP end a merge as Ctrl-C does: cleaned up, nothing published. A second changes nothing."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def end(number: int, _: FrameType | None) -> NoReturn:
-        raise SystemExit(TERMINATED if number == signal.SIGTERM else 128 + number)
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Ended(number)
 
-    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     before = [(number, signal.signal(number, end)) for number in numbers]
     try:
         yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +50,9 @@ def run_demo(directory: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     try:
         directory.mkdir(parents=True)
     except OSError as error:
-        raise OutputError(Problem(str(directory), "a directory to make", error.strerror or str(error))) from error
+        hint = "remove it, or name another"
+        found = error.strerror or str(error)
+        raise OutputError(Problem(str(directory), "a directory to make", found, hint)) from error
     base, adapter, merged = directory / "base", directory / "adapter", directory / "merged"
     randomness = np.random.default_rng(7)
     _write_base(base, randomness)
@@ -65,6 +68,12 @@ def run_demo(directory: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     )
     tell(f"verified {verified['kept']} kept tensors and the side files: byte for byte")
     return {"output": str(merged), "base": str(base), "adapter": str(adapter), **verified}
+
+
+def free_directory(wanted: Path) -> Path:
+    """Return `wanted`, or the first of `wanted-2`, `wanted-3` … that does not exist."""
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
+    return wanted if not wanted.exists() else next(path for path in numbered if not path.exists())
 
 
 def _base_shapes() -> dict[str, tuple[int, ...]]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from rawmerge.adapter import WEIGHTS_NAME, read_adapter
 from rawmerge.base_checkpoint import read_base
 from rawmerge.dtypes import DTYPES
-from rawmerge.errors import RefusedError
+from rawmerge.errors import Problem, RefusedError
 from rawmerge.formats.adapter_config import CONFIG_NAME
 from rawmerge.formats.adapter_names import parse_adapter_name
+from rawmerge.matching import foreign_problem
 from rawmerge.tensor_source import TensorSource
 
 
@@ -31,7 +32,7 @@ class Inspection:
     kind: str
     path: str
     facts: Mapping[str, str | int | float | list[str]]
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
 
 
 def inspect_root(root: Path) -> Inspection:
@@ -50,21 +51,21 @@ def _inspect_adapter(root: Path) -> Inspection:
     try:
         adapter = read_adapter(root)
     except RefusedError as error:
-        return Inspection("adapter", str(root), {}, tuple(map(str, error.problems)))
+        return Inspection("adapter", str(root), {}, error.problems)
     names = [parse_adapter_name(name) for name in adapter.tensors]
     pairs = {name.module_path for name in names if name.role not in {"stored", "foreign"}}
-    scalings = [adapter.config.scaling_of(path) for path in sorted(pairs)]
+    scalings = sorted(adapter.config.scaling_of(path) for path in pairs)
     facts: dict[str, str | int | float | list[str]] = {
         "type": "LORA with rsLoRA scaling" if adapter.config.use_rslora else "LORA",
         "ranks": _counted(adapter.config.rank_of(path) for path in pairs),
-        "scaling": f"{min(scalings, default=0):g} to {max(scalings, default=0):g}",
+        "scaling": " to ".join(f"{scaling:g}" for scaling in sorted({*scalings[:1], *scalings[-1:]})),
         "modules": len(pairs),
         "module names": sorted({path.rpartition(".")[2] for path in pairs}),
         "replaced tensors": [name.target for name in names if name.role == "stored"],
         "trained on": adapter.config.base_model_name,
         **_tensor_facts(adapter.tensors),
     }
-    foreign = tuple(f"{name.text!r} is not merged by this version" for name in names if name.role == "foreign")
+    foreign = tuple(foreign_problem(name.text) for name in names if name.role == "foreign")
     return Inspection("adapter", str(root), facts, foreign)
 
 

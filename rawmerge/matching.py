@@ -15,6 +15,7 @@ from rawmerge.methods import METHODS, lora
 from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError
 from rawmerge.naming import suggest
 from rawmerge.tensor_source import TensorSource
+from rawmerge.tied_embeddings import OUTPUT_EMBEDDING
 
 #: Finding near misses compares names with names; past this many, one more suggestion tells nothing new.
 _MAX_SUGGESTIONS = 25
@@ -39,11 +40,13 @@ class Matches:
     Attributes:
         updates: base tensor name to the updates it gets, in order.
         replacements: base tensor name to the adapter tensor that replaces it.
+        embeddings: base tensors that an embedding pair updates.
         uses: every adapter tensor, in file order.
     """
 
     updates: Mapping[str, tuple[Update, ...]]
     replacements: Mapping[str, TensorSource]
+    embeddings: frozenset[str]
     uses: tuple[AdapterUse, ...]
 
 
@@ -63,7 +66,7 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter) -> Matches:
         raise PlanError(Problem(str(adapter.weights.path), "tensors of a LoRA adapter", "no tensor at all"))
     order = {name: place for place, name in enumerate(adapter.tensors)}
     uses = tuple(sorted(matcher.uses, key=lambda use: order[use.name]))
-    return Matches(matcher.updates, matcher.replacements, uses)
+    return Matches(matcher.updates, matcher.replacements, frozenset(matcher.embeddings), uses)
 
 
 class _Matcher:
@@ -73,11 +76,12 @@ class _Matcher:
         self.problems = ProblemCollector()
         self.updates: dict[str, tuple[Update, ...]] = {}
         self.replacements: dict[str, TensorSource] = {}
+        self.embeddings: set[str] = set()
         self.uses: list[AdapterUse] = []
         self._suggestions = 0
 
     def refuse_foreign(self, names: Iterable[AdapterTensorName]) -> None:
-        self.problems.add(UnsupportedAdapterError, (_foreign_problem(name.text) for name in names))
+        self.problems.add(UnsupportedAdapterError, (foreign_problem(name.text) for name in names))
 
     def match_stored(self, names: Iterable[AdapterTensorName]) -> None:
         for name in names:
@@ -116,6 +120,8 @@ class _Matcher:
             self.problems.add(PlanError, [Problem(subject, error.expected, error.found, error.hint)])
             return
         self.updates[pair.target] = (*self.updates.get(pair.target, ()), Update(lora.KIND, tensors, settings))
+        if any(role.startswith("lora_embedding") for role in pair.names):
+            self.embeddings.add(pair.target)
         self.uses.extend(AdapterUse(name.text, "updates", pair.target) for name in pair.names.values())
 
     def _may_replace(self, name: AdapterTensorName) -> bool:
@@ -135,7 +141,7 @@ class _Matcher:
         source, base_source = self.adapter.tensors[name.text], self.base.tensors.get(name.target)
         if base_source is None:
             expected = f"a base tensor {quote(name.target)} that it replaces"
-            return Problem(name.text, expected, "none", self._suggest(name.target))
+            return Problem(name.text, expected, "none", self._head_hint(name.target) or self._suggest(name.target))
         if source.shape != base_source.shape:
             hint = "changed vocabularies and heads are not merged yet"
             return Problem(name.text, f"the base's shape {list(base_source.shape)}", f"{list(source.shape)}", hint)
@@ -149,7 +155,8 @@ class _Matcher:
         base_source = self.base.tensors.get(pair.target)
         if base_source is None:
             packed = next((name for name in self._packed_names(pair) if name in self.base.tensors), "")
-            hint = "merge into the unquantised base" if packed else self._suggest(pair.target)
+            hint = "merge into the unquantised base" if packed else ""
+            hint = hint or self._head_hint(pair.target) or self._suggest(pair.target)
             found = f"packed weights, {quote(packed)}" if packed else "none"
             return Problem(first, f"a base tensor {quote(pair.target)} for this pair", found, hint)
         if not DTYPES[base_source.dtype].is_mergeable:
@@ -160,6 +167,11 @@ class _Matcher:
             if not DTYPES[dtype].is_mergeable:
                 return Problem(name.text, "a plain float dtype (F32, BF16, F16)", dtype)
         return None
+
+    def _head_hint(self, target: str) -> str:
+        if target == OUTPUT_EMBEDDING and self.base.config.ties_embeddings:
+            return "the base ties its output to its input embedding; untie it and save it first, or merge with PEFT"
+        return ""
 
     def _packed_names(self, pair: _Pair) -> Iterator[str]:
         return (f"{pair.module_path}.{ending}" for ending in _PACKED_ENDINGS)
@@ -188,7 +200,8 @@ def _half_problem(pair: _Pair) -> Problem | None:
     return None
 
 
-def _foreign_problem(name: str) -> Problem:
+def foreign_problem(name: str) -> Problem:
+    """Return why a tensor of this name is not merged."""
     expected = "a tensor of a LoRA pair, or of a module in modules_to_save"
     return Problem(name, expected, describe_foreign(name), "this version does not merge it")
 

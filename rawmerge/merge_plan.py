@@ -60,10 +60,17 @@ class UpdateTensor:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceTensor:
-    """Take a tensor from the adapter instead of the base, rounded to the entry's dtype."""
+    """Take a tensor from the adapter instead of the base, rounded to the entry's dtype.
+
+    Attributes:
+        entry: the tensor in the output.
+        source: the adapter's tensor.
+        base: the base's, which is not used.
+    """
 
     entry: TensorEntry
     source: TensorSource
+    base: TensorSource
 
 
 Step: TypeAlias = KeepTensor | UpdateTensor | ReplaceTensor

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -14,33 +19,36 @@ from rawmerge.errors import OutputError, Problem
 
 _MARGIN_BYTES: Final = 2**20  # directories, block ends and the record
 _TAG: Final = "rawmerge"
+PUBLISHED_NOTE: Final = "the output was published before"
 
 
-def check_output(output: Path, base: Path, adapter: Path, *, overwrite: bool, record_name: str) -> None:
-    """Refuse an output that exists, cannot be written, or touches an input.
+@dataclass(frozen=True, slots=True)
+class OutputPolicy:
+    """What may stand at the output, and what must not be touched.
 
-    Args:
-        output: the directory to publish.
-        base: the base's directory or file.
-        adapter: the adapter's directory.
+    Attributes:
         overwrite: an existing checkpoint may be replaced.
         record_name: file by which an output of ours is recognised.
+        base_root: the base's directory or file; the output may not lie in it.
+        input_files: every file that is read, links not followed; the output may not hold one.
+    """
+
+    overwrite: bool
+    record_name: str
+    base_root: Path
+    input_files: tuple[Path, ...]
+
+
+def check_output(output: Path, policy: OutputPolicy) -> None:
+    """Refuse an output that exists, cannot be written, or touches an input.
 
     Raises:
         OutputError: all reasons at once.
     """
-    problems = list(_overlaps(output, base, adapter))
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        problems.append(Problem(str(output), "a directory, or nothing yet", "a file or a link"))
-    elif output.exists() and not overwrite:
-        problems.append(Problem(str(output), "nothing there yet", "a directory", "--overwrite replaces it"))
-    elif output.exists() and not _looks_like_checkpoint(output, record_name):
-        hint = "it may hold other work; remove it yourself, or choose another output"
-        problems.append(Problem(str(output), "an empty directory or a checkpoint to overwrite", "neither", hint))
-    parent = output.absolute().parent
-    ancestor = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        problems.append(Problem(str(ancestor), "a directory that can be written", "one that cannot"))
+    try:
+        problems = [*_overlaps(output, policy), *_existing(output, policy), *_unwritable(output)]
+    except OSError as error:  # a name too long, too many links
+        raise OutputError(Problem(str(output), "a usable path", error.strerror or str(error))) from error
     if problems:
         raise OutputError(*problems)
 
@@ -51,22 +59,49 @@ def check_space(output: Path, byte_count: int) -> None:
     Raises:
         OutputError: fewer free bytes than `byte_count` and a small margin.
     """
-    parent = output.absolute().parent
-    ancestor = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    free = shutil.disk_usage(ancestor).free
+    free = shutil.disk_usage(_nearest_folder(output)).free
     needed = byte_count + _MARGIN_BYTES
     if free < needed:
         hint = "free some space, or choose an output on another disk"
         raise OutputError(Problem(str(output), f"{needed} free bytes", f"{free} free bytes", hint))
 
 
-def _overlaps(output: Path, base: Path, adapter: Path) -> Iterable[Problem]:
-    target, base_path, adapter_path = output.resolve(), base.resolve(), adapter.resolve()
-    if target.is_relative_to(base_path):
-        yield Problem(str(output), "an output apart from the base", f"one in {base_path}")
-    for path in {base_path, adapter_path}:
-        if (path.is_relative_to(target) and path != target) or path == target != base_path:
-            yield Problem(str(output), "an output apart from the inputs", f"one that holds {path}")
+def _nearest_folder(output: Path) -> Path:
+    """Return the output's parent, or the first folder above it that exists."""
+    parent = output.absolute().parent
+    return next(folder for folder in (parent, *parent.parents) if folder.exists())
+
+
+def _unwritable(output: Path) -> Iterable[Problem]:
+    folder = _nearest_folder(output)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        yield Problem(str(folder), "a directory that can be written", "one that cannot")
+    longest = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    for name in output.parts:
+        if len(os.fsencode(name)) > longest:
+            yield Problem(name, f"a name of at most {longest} bytes", f"{len(os.fsencode(name))}")
+
+
+def _existing(output: Path, policy: OutputPolicy) -> Iterable[Problem]:
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        yield Problem(str(output), "a directory, or nothing yet", "a file or a link")
+    elif output.exists() and not policy.overwrite:
+        yield Problem(str(output), "nothing there yet", "a directory", "--overwrite (overwrite=True) replaces it")
+    elif output.exists() and not _looks_like_checkpoint(output, policy.record_name):
+        hint = "it may hold other work; remove it yourself, or choose another output"
+        yield Problem(str(output), "an empty directory or a checkpoint to overwrite", "neither", hint)
+
+
+def _overlaps(output: Path, policy: OutputPolicy) -> Iterable[Problem]:
+    target, base = Path(os.path.realpath(output)), Path(os.path.realpath(policy.base_root))
+    if target.is_relative_to(base):
+        yield Problem(str(output), "an output apart from the base", f"one in {base}")
+        return
+    for path in policy.input_files:  # shards may be links into the output
+        source = Path(os.path.realpath(path))
+        if source.is_relative_to(target):
+            yield Problem(str(output), "an output apart from the inputs", f"one that holds {source}")
+            return
 
 
 def _looks_like_checkpoint(output: Path, record_name: str) -> bool:
@@ -75,12 +110,32 @@ def _looks_like_checkpoint(output: Path, record_name: str) -> bool:
     return not names or is_ours or any(name.endswith(".safetensors") for name in names)
 
 
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let Ctrl-C and its kin wait for the end of the block: between two renames nothing may be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are handled in the main thread only
+        return
+    received: list[int] = []
+    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # None: a handler that Python did not set, and could not put back
+    numbers = [number for number in wanted if signal.getsignal(number) is not None]
+    before = [(number, signal.signal(number, lambda got, _: received.append(got))) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+        for number in received[:1]:
+            signal.raise_signal(number)
+
+
 class StagingDirectory:
     """A new directory beside the target; removed on leaving the block unless it was published."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = output.parent / f".{output.name}.{_TAG}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = output.parent / f".{_TAG}-{os.getpid()}-{secrets.token_hex(4)}"
         self._created: list[Path] = []
         self._published = False
 
@@ -106,16 +161,29 @@ class StagingDirectory:
             file.flush()
             os.fsync(file.fileno())
 
-    def publish(self) -> None:
+    def publish(self, policy: OutputPolicy) -> None:
         """Give the directory its final name; what stood there is replaced as a whole.
 
         Raises:
-            OSError: the rename failed; what stood there is back in its place.
+            OSError: the rename failed, or something stands there that may not be replaced; it is still there.
+            KeyboardInterrupt, or what the caller's signal handler raises: it has a note that the output was published.
         """
         for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
             _sync_directory(folder)
+        try:
+            with _signals_wait():
+                self._rename(policy)
+        except BaseException as error:
+            if self._published:
+                error.add_note(PUBLISHED_NOTE)
+            raise
+
+    def _rename(self, policy: OutputPolicy) -> None:
         old = self.path.with_name(f"{self.path.name}-old")
-        replaces = self.output.exists()
+        # it may have come into being since it was checked: renaming onto a directory that is not empty fails
+        replaces = policy.overwrite and self.output.exists()
+        if replaces and not _looks_like_checkpoint(self.output, policy.record_name):
+            raise OSError(errno.ENOTEMPTY, "the output has changed meanwhile and holds other work", str(self.output))
         if replaces:
             self.output.rename(old)
         try:

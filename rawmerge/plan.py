@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from rawmerge.adapter import Adapter, read_adapter
-from rawmerge.base_checkpoint import BaseCheckpoint, read_base
+from rawmerge.base_checkpoint import SINGLE_NAME, BaseCheckpoint, read_base
 from rawmerge.dtypes import COMPUTE_DTYPES, DTYPES, OUTPUT_DTYPES
-from rawmerge.errors import ProblemCollector
+from rawmerge.errors import ProblemCollector, quote
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.model_config import with_dtype, with_untied_embeddings
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
@@ -50,9 +50,9 @@ def make_plan(base_root: Path, adapter_root: Path, options: MergeOptions) -> Mer
     _check_options(options)
     problems = ProblemCollector()
     with problems.absorb():
-        base = read_base(base_root)
+        base = read_base(base_root.absolute())  # a plan may be run from another folder
     with problems.absorb():
-        adapter = read_adapter(adapter_root)
+        adapter = read_adapter(adapter_root.absolute())
     problems.raise_if_any()
     matches = match_adapter(base, adapter)
     return _Planner(base, adapter, matches, options).plan()
@@ -72,7 +72,7 @@ class _Planner:
         self.matches = matches
         self.options = options
         changed = matches.updates.keys() | matches.replacements.keys()
-        self.untied = find_untied(base.config, base.tensors, changed)
+        self.untied = find_untied(base.config, base.tensors, changed, matches.embeddings)
 
     def plan(self) -> MergePlan:
         shards = tuple(self._plan_shard(shard) for shard in self.base.shards)
@@ -112,7 +112,7 @@ class _Planner:
         if updates:
             return UpdateTensor(entry, replacement or source, source.dtype, updates)
         if replacement:
-            return ReplaceTensor(entry, replacement)
+            return ReplaceTensor(entry, replacement, source)
         return _keep_or_cast(entry, source)
 
     def _untied_steps(self, shard: ShardFile) -> Iterator[Step]:
@@ -153,8 +153,9 @@ class _Planner:
         return list_side_files(self.base.root, own)
 
     def _notes(self) -> Iterator[str]:
-        if self.adapter.config.base_model_name:
-            yield f"the adapter says it was trained on {self.adapter.config.base_model_name!r}"
+        trained_on, here = self.adapter.config.base_model_name, self.base.root.name
+        if trained_on and PurePosixPath(trained_on).name != here:
+            yield f"the adapter says it was trained on {quote(trained_on)}; the base here is {quote(here)}"
         if self.untied:
             yield (
                 f"{self.untied!r} changes and the output embedding was tied to it: {OUTPUT_EMBEDDING!r} is written as "
@@ -165,6 +166,9 @@ class _Planner:
         )
         if unlisted:
             yield f"{len(unlisted)} tensors are in the shards but not in the base's index; they are kept and listed"
+        is_indexed = self.base.weight_map and SINGLE_NAME not in self.base.weight_map.shard_names
+        if is_indexed and (self.base.root / SINGLE_NAME).exists():
+            yield f"{SINGLE_NAME} stands beside the index, which does not list it: it is left out"
         if not self.base.is_directory:
             yield "the base is a single file: no config or other side files are written"
 

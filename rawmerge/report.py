@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from rawmerge.errors import RawmergeError, RefusedError
+from rawmerge.errors import Problem, RawmergeError, RefusedError
 from rawmerge.inspection import Inspection
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
 from rawmerge.run import MergeSummary, count_steps
@@ -46,7 +46,7 @@ def plan_text(plan: MergePlan) -> str:
         f"output    {format_bytes(plan.byte_count)} in {len(plan.shards)} shard{'s'[: len(plan.shards) != 1]}",
         f"written   {_names(file.name for file in plan.written_files)}",
         f"copied    {_names(file.name for file in plan.side_files)}",
-        *(f"left out  {item.name}: {item.reason}" for item in plan.left_out),
+        *left_out_lines(plan),
         *(f"note      {note}" for note in plan.notes),
     ]
     return "\n".join(map(_printable, lines))
@@ -77,13 +77,24 @@ def inspection_text(inspection: Inspection) -> str:
 
 
 def error_text(error: RawmergeError) -> str:
-    """Return an error for people: all problems, long lists cut."""
-    if not isinstance(error, RefusedError) or len(error.problems) <= _MAX_PROBLEMS:
+    """Return an error for people: problems that differ in layer numbers only are told once, long lists are cut."""
+    if not isinstance(error, RefusedError) or len(error.problems) <= 1:
         return str(error)
-    shown = type(error)(*error.problems[:_MAX_PROBLEMS])
-    more = len(error.problems) - _MAX_PROBLEMS
-    body = str(shown).split("\n", 1)[1]
-    return f"{len(error.problems)} problems\n{body}\n  … and {more} more (--json lists all)"
+    families: dict[Problem, list[Problem]] = {}
+    for problem in error.problems:
+        families.setdefault(_without_layers(problem), []).append(problem)
+    lines = [f"{len(error.problems)} problems"]
+    for family in list(families.values())[:_MAX_PROBLEMS]:
+        more = f"\n    and {len(family) - 1} more that differ in layer numbers only" if len(family) > 1 else ""
+        lines.append(f"  - {family[0]}{more}")
+    if len(families) > _MAX_PROBLEMS:
+        lines.append(f"  and {len(families) - _MAX_PROBLEMS} more kinds (--json lists all)")
+    return "\n".join(lines)
+
+
+def left_out_lines(plan: MergePlan) -> list[str]:
+    """Return one line for each file of the base that the output does not have."""
+    return [_printable(f"left out  {item.name}: {item.reason}") for item in plan.left_out]
 
 
 def summary_json(summary: MergeSummary) -> str:
@@ -106,6 +117,12 @@ def error_json(error: RawmergeError) -> str:
     if isinstance(error, RefusedError):
         document["problems"] = [dataclasses.asdict(problem) for problem in error.problems]
     return json.dumps(document)
+
+
+def _without_layers(problem: Problem) -> Problem:
+    """Return the problem with layer numbers blanked, and without its hint: a name for the family it belongs to."""
+    blanked = (_NUMBER.sub("*", text) for text in (problem.subject, problem.expected, problem.found))
+    return Problem(*blanked)
 
 
 def _changed_lines(steps: Iterable[Step]) -> Iterator[str]:

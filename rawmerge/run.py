@@ -8,18 +8,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import eq
 from pathlib import Path
 from typing import Any, Final
 
 from rawmerge._version import __version__
 from rawmerge.engine import Engine, ProgressCallback, default_threads
 from rawmerge.errors import InputChangedError, MergeError, NothingChangedError, RefusedError, quote
+from rawmerge.formats.adapter_config import CONFIG_NAME
 from rawmerge.merge_plan import InputFile, KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
-from rawmerge.output_directory import StagingDirectory, check_output, check_space
+from rawmerge.output_directory import OutputPolicy, StagingDirectory, check_output, check_space
 from rawmerge.plan import RECORD_NAME
 from rawmerge.shard_writer import OutputFile
-from rawmerge.tensor_source import CHUNK_BYTES, OpenFiles, read_shard_file
+from rawmerge.tensor_source import OpenFiles, TensorSource, read_shard_file
 
 RECORD_FORMAT: Final = "rawmerge-record-1"
 
@@ -70,10 +72,9 @@ def run_plan(
         raise ValueError(f"threads must be positive, not {threads}")
     started = time.perf_counter()
     target = Path(output)
-    check_output(target, Path(plan.base_root), Path(plan.adapter_root), overwrite=overwrite, record_name=RECORD_NAME)
-    check_space(target, plan.byte_count)
+    check_target(plan, target, overwrite=overwrite)
     try:
-        changed = _write(plan, target, threads or default_threads(), progress)
+        changed = _write(plan, target, _policy(plan, overwrite), threads or default_threads(), progress)
     except OSError as error:
         raise MergeError(_describe(error)) from error
     return MergeSummary(
@@ -91,7 +92,7 @@ def check_target(plan: MergePlan, output: Path, *, overwrite: bool = False) -> N
     Raises:
         OutputError: with the reasons.
     """
-    check_output(output, Path(plan.base_root), Path(plan.adapter_root), overwrite=overwrite, record_name=RECORD_NAME)
+    check_output(output, _policy(plan, overwrite))
     check_space(output, plan.byte_count)
 
 
@@ -111,19 +112,28 @@ def count_steps(plan: MergePlan) -> dict[str, int]:
     return dict(counts)
 
 
-def _write(plan: MergePlan, target: Path, threads: int, progress: ProgressCallback | None) -> dict[str, bool]:
+def _policy(plan: MergePlan, overwrite: bool) -> OutputPolicy:
+    shards = [Path(file.path) for file in (*plan.base_files, *plan.adapter_files)]
+    sides = [Path(file.path) for file in plan.side_files]
+    files = (*shards, *sides, Path(plan.base_root), Path(plan.adapter_root) / CONFIG_NAME)
+    return OutputPolicy(overwrite, RECORD_NAME, Path(plan.base_root), files)
+
+
+def _write(
+    plan: MergePlan, target: Path, policy: OutputPolicy, threads: int, progress: ProgressCallback | None
+) -> dict[str, bool]:
     """Write and publish the output; return the updated tensors and whether any element of each changed."""
     engine = Engine(plan.options.compute_dtype, threads, plan.tensor_bytes)
     with StagingDirectory(target) as staging:
         _check_inputs(plan)
         with ExitStack() as opened:
             engine.run(_open_shards(plan, staging.path, opened), progress)
-        changed = _changes(plan, engine)
+        changed = _changes(plan, engine, staging.path)
         _copy_side_files(plan, staging.path)
         for file in plan.written_files:
             staging.write_text(file.name, file.text)
         staging.write_text(RECORD_NAME, _record_text(plan))
-        staging.publish()
+        staging.publish(policy)
     return changed
 
 
@@ -145,13 +155,24 @@ def _open_shards(plan: MergePlan, folder: Path, opened: ExitStack) -> Iterator[t
         yield shard, opened.enter_context(OutputFile(folder / shard.name, shard.byte_count))
 
 
-def _changes(plan: MergePlan, engine: Engine) -> dict[str, bool]:
+def _changes(plan: MergePlan, engine: Engine, folder: Path) -> dict[str, bool]:
     updated = [step for step in plan.steps() if isinstance(step, UpdateTensor) and step.updates]
     changed = {step.entry.name: step.entry.name in engine.changed for step in updated}
-    replaces = any(isinstance(step, ReplaceTensor) for step in plan.steps())
-    if not replaces and not any(changed.values()):
+    if not any(changed.values()) and not any(_replacement_differs(shard, folder) for shard in plan.shards):
         raise NothingChangedError
     return changed
+
+
+def _replacement_differs(shard: ShardPlan, folder: Path) -> bool:
+    """Whether a tensor of the shard that came from the adapter differs from the base's."""
+    with OpenFiles() as files:
+        for step in shard.steps:
+            if isinstance(step, ReplaceTensor):
+                written = replace(step.base, path=str(folder / shard.name), offset=shard.data_start + step.entry.start)
+                is_cast = step.entry.dtype != step.base.dtype
+                if is_cast or not all(map(eq, files.chunks(written), files.chunks(step.base))):
+                    return True
+    return False
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:
@@ -196,11 +217,8 @@ def _identity(file: InputFile) -> dict[str, str | int]:
 
 def _file_sha256(file: InputFile) -> str:
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, file.byte_count)))
     with OpenFiles() as files:
-        for start in range(0, file.byte_count, CHUNK_BYTES):
-            chunk = buffer[: file.byte_count - start]
-            files.read_into(file.path, start, chunk)
+        for chunk in files.chunks(TensorSource(file.path, 0, file.byte_count, "U8", (file.byte_count,))):
             digest.update(chunk)
     return digest.hexdigest()
 

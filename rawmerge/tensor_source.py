@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -97,7 +97,8 @@ def read_shard_file(path: Path) -> ShardFile:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         found = error.strerror or str(error)
-        raise MissingFileError(Problem(str(path), "a readable safetensors file", found)) from error
+        hint = "the checkpoint is incomplete; fetch it again" if isinstance(error, FileNotFoundError) else ""
+        raise MissingFileError(Problem(str(path), "a readable safetensors file", found, hint)) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -137,6 +138,18 @@ class OpenFiles:
         if kept != opened:  # another thread opened it meanwhile
             os.close(opened)
         return kept
+
+    def chunks(self, source: TensorSource) -> Iterator[memoryview]:
+        """Yield the bytes of `source` in order, in a buffer of its own that each step reuses.
+
+        Raises:
+            InputChangedError: the file ends early.
+        """
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, source.byte_count)))
+        for start in range(0, source.byte_count, CHUNK_BYTES):
+            chunk = buffer[: source.byte_count - start]
+            self.read_into(source.path, source.offset + start, chunk)
+            yield chunk
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` (bytes) from `offset` on.

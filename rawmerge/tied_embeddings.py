@@ -9,6 +9,7 @@ Source: transformers 5.23, `_tied_weights_keys` of the causal language models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Final
 
@@ -27,6 +28,8 @@ _INPUT_EMBEDDINGS: Final = (
     "embed_in",
     "shared",
 )
+#: Embeddings of something else than tokens have no output projection.
+_NO_TOKENS: Final = re.compile(r"position|wpe|pos_emb|token_type|segment|type_emb")
 #: Classes with an output projection end so; others, such as encoders and classifiers, have nothing to tie.
 _WITH_OUTPUT: Final = (
     "ForCausalLM",
@@ -43,13 +46,16 @@ _OTHER_OUTPUT: Final = frozenset({"biogpt", "trocr", "whisper", "gpt_neox_japane
 _WORD_EMBEDDINGS_FAMILIES: Final = frozenset({"bloom", "falcon"})
 
 
-def find_untied(config: ModelConfig, base_names: Collection[str], changed: Collection[str]) -> str:
+def find_untied(
+    config: ModelConfig, base_names: Collection[str], changed: Collection[str], embeddings: Collection[str]
+) -> str:
     """Return the input embedding whose tie the merge undoes, an empty string where it undoes none.
 
     Args:
         config: the base's config.
         base_names: all tensors of the base.
         changed: the tensors that the adapter updates or replaces.
+        embeddings: those of them that are embeddings, by the kind of their pair.
 
     Raises:
         UnsupportedAdapterError: a tied embedding changes in a family whose output projection is not known.
@@ -58,7 +64,10 @@ def find_untied(config: ModelConfig, base_names: Collection[str], changed: Colle
         return ""
     if OUTPUT_EMBEDDING in changed:  # both lie on disk; the tie would hide one of them
         return next((name for name in base_names if _module(name) in _INPUT_EMBEDDINGS), OUTPUT_EMBEDDING)
-    inputs = [name for name in changed if _module(name) in _INPUT_EMBEDDINGS]
+    inputs = sorted(
+        {name for name in changed if _module(name) in _INPUT_EMBEDDINGS}
+        | {name for name in embeddings if not _NO_TOKENS.search(_module(name))}
+    )
     if not inputs or not _ties_something(config, inputs):
         return ""
     if len(inputs) > 1 or not _has_plain_head(config, inputs[0]):

@@ -13,6 +13,8 @@ TILE_ELEMENTS: Final = 2**20
 ROW_BLOCK: Final = 64
 _LOWEST_BLOCK: Final = 16
 _WIDE_TILE_ELEMENTS: Final = 4 * TILE_ELEMENTS
+#: A transposed delta of a narrow tensor is a low product, which must not be cut either.
+_NARROW_ELEMENTS: Final = 8 * TILE_ELEMENTS
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -24,9 +26,12 @@ def tile_rows(rows: int, columns: int, tile_elements: int = TILE_ELEMENTS) -> It
     """Yield (first row, row count) of each tile of a matrix, in order.
 
     The tiles are as high as `tile_elements` allows, in multiples of 64; very wide rows come in lower blocks.
-    A rest too low for stable bits joins the tile before it.
+    A rest too low for stable bits joins the tile before it; a matrix of few columns is one tile.
     """
     if rows == 0 or columns == 0:
+        return
+    if columns < _LOWEST_BLOCK and rows * columns <= _NARROW_ELEMENTS:
+        yield 0, rows
         return
     block = ROW_BLOCK if ROW_BLOCK * columns <= _WIDE_TILE_ELEMENTS else _LOWEST_BLOCK
     height = max(block, tile_elements // columns // block * block)

@@ -15,10 +15,12 @@ import termios
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import rawmerge
 from rawmerge.cli import cli
+from rawmerge.demo import free_directory
 from tests.builders import lora_pair, random_tensor, read_all, write_adapter, write_base
 
 Paths = tuple[Path, Path]
@@ -90,15 +92,27 @@ def test_a_refusal_as_json_has_every_problem_s_fields(tiny: Paths, tmp_path: Pat
     assert document["problems"][0]["subject"] == str(tmp_path / "nowhere")
 
 
-def test_a_long_list_of_problems_is_cut_for_people_and_whole_in_json(tiny: Paths, tmp_path: Path) -> None:
-    pairs: dict[str, object] = {}
+def test_problems_that_differ_in_layers_only_are_told_once_and_whole_in_json(tiny: Paths) -> None:
+    pairs: dict[str, torch.Tensor] = {}
     for layer in range(30):
         pairs |= lora_pair(f"model.layers.{layer + 50}.q_proj", 12, 8)
-    write_adapter(tiny[1], pairs)  # type: ignore[arg-type]
+    write_adapter(tiny[1], pairs)
     people = invoke("plan", *tiny)
     assert "30 problems" in people.stderr
-    assert "and 10 more (--json lists all)" in people.stderr
+    assert people.stderr.count("expected a base tensor") == 1
+    assert "and 29 more that differ in layer numbers only" in people.stderr
     assert len(json.loads(invoke("plan", *tiny, "--json").stdout)["problems"]) == 30
+
+
+def test_a_long_list_of_problems_is_cut_for_people(tiny: Paths) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pairs: dict[str, torch.Tensor] = {}
+    for letter in letters:
+        pairs |= lora_pair(f"module_{letter}", 12, 8)
+    write_adapter(tiny[1], pairs)
+    people = invoke("plan", *tiny)
+    assert people.stderr.count("expected a base tensor") == 20
+    assert "and 6 more kinds (--json lists all)" in people.stderr
 
 
 def test_a_failure_while_writing_exits_4(tmp_path: Path) -> None:
@@ -121,7 +135,7 @@ def test_inspect_tells_a_base_from_an_adapter(tiny: Paths) -> None:
     assert base.stdout.startswith("base")
     assert re.search(r"tensors +4\n", base.stdout)
     assert adapter.stdout.startswith("adapter")
-    assert re.search(r"scaling +1\.5 to 1\.5", adapter.stdout)
+    assert re.search(r"scaling +1\.5\n", adapter.stdout)
     assert "can be merged" in adapter.stdout
 
 
@@ -131,7 +145,8 @@ def test_inspect_says_why_an_adapter_cannot_be_merged(tiny: Paths) -> None:
     result = invoke("inspect", tiny[1], "--json")
     document = json.loads(result.stdout)
     assert document["kind"] == "adapter"
-    assert "use_dora" in document["problems"][0]
+    assert document["problems"][0]["subject"] == "use_dora"
+    assert result.exit_code == 3
 
 
 def test_inspect_of_nothing_exits_3(tmp_path: Path) -> None:
@@ -163,10 +178,10 @@ main()
 """
 
 
-def run_on_terminal(*arguments: object) -> str:
+def run_on_terminal(columns: int, *arguments: object) -> str:
     """Run the command line with stderr on a terminal; return what it drew there."""
     controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     command = [sys.executable, "-c", SLOW_MERGE, *map(str, arguments)]
     with subprocess.Popen(command, stderr=terminal, stdout=subprocess.DEVNULL) as process:
         os.close(terminal)
@@ -181,8 +196,9 @@ def run_on_terminal(*arguments: object) -> str:
     return drawn.decode()
 
 
-def test_a_bar_is_drawn_on_a_terminal_only(tiny: Paths, tmp_path: Path) -> None:
-    drawn = run_on_terminal("merge", *tiny, "--output", tmp_path / "out")
+@pytest.mark.parametrize("columns", [120, 0])  # 0: what recorders and some containers say
+def test_a_bar_is_drawn_on_a_terminal_only(tiny: Paths, tmp_path: Path, columns: int) -> None:
+    drawn = run_on_terminal(columns, "merge", *tiny, "--output", tmp_path / "out")
     assert "%|" in drawn
     assert "q_proj" in drawn
     assert re.search(r"B/s", drawn)
@@ -211,4 +227,14 @@ def test_demo_makes_merges_and_verifies(tmp_path: Path) -> None:
 
 
 def test_demo_refuses_an_existing_directory(tmp_path: Path) -> None:
-    assert invoke("demo", tmp_path).exit_code == 3
+    result = invoke("demo", tmp_path)
+    assert result.exit_code == 3
+    assert "remove it, or name another" in result.stderr
+
+
+def test_demo_without_a_directory_takes_a_new_one_each_time(tmp_path: Path) -> None:
+    wanted = tmp_path / "rawmerge-demo"
+    assert free_directory(wanted) == wanted
+    for taken in ("rawmerge-demo", "rawmerge-demo-2"):
+        (tmp_path / taken).mkdir()
+    assert free_directory(wanted) == tmp_path / "rawmerge-demo-3"

@@ -154,6 +154,11 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], type[RefusedError], str]] = {
     "zero alpha": ({"lora_alpha": 0}, AdapterError, "'lora_alpha'.*found 0"),
     "zero rank": ({"r": 0}, AdapterError, "'r'.*found 0"),
     "zero in alpha_pattern": ({"alpha_pattern": {"q_proj": 0}}, AdapterError, "alpha_pattern.*q_proj"),
+    "a pattern that takes for ever": (
+        {"rank_pattern": {"(a+)+b": 4}},
+        AdapterError,
+        "none of a group",
+    ),
     "unknown field": ({"use_magic": True}, UnsupportedAdapterError, "'use_magic'"),
     "DoRA": ({"use_dora": True}, UnsupportedAdapterError, "'use_dora'"),
     "bias": ({"bias": "all"}, UnsupportedAdapterError, "'bias'.*'all'"),
@@ -292,6 +297,25 @@ def test_a_tied_input_embedding_is_untied_by_a_delta(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_a_tied_embedding_under_an_unknown_name_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    base = write_base(tmp_path / "base", [{"backbone.embeddings.weight": random_tensor((20, 8))}], config)
+    pair = {
+        f"{PREFIX}backbone.embeddings.lora_embedding_A": random_tensor((4, 20), torch.float32),
+        f"{PREFIX}backbone.embeddings.lora_embedding_B": random_tensor((8, 4), torch.float32),
+    }
+    with pytest.raises(UnsupportedAdapterError, match="tied embeddings in MambaForCausalLM"):
+        rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", pair))
+
+
+def test_a_tie_stated_in_a_nested_config_counts(tmp_path: Path) -> None:
+    nested = {"text_config": {"model_type": "qwen2", "tie_word_embeddings": True}}
+    config = {"model_type": "own", "architectures": ["OwnForConditionalGeneration"], **nested}
+    base = write_base(tmp_path / "base", [{"model.embed_tokens.weight": random_tensor((20, 8))}], config)
+    with pytest.raises(UnsupportedAdapterError, match="tied embeddings in OwnForConditionalGeneration"):
+        rawmerge.plan_merge(base, embedding_adapter(tmp_path))
+
+
 def test_a_tied_embedding_with_an_unknown_head_is_refused(tmp_path: Path) -> None:
     base = tied_base(tmp_path, architectures=["T5ForConditionalGeneration"])
     with pytest.raises(UnsupportedAdapterError, match="T5ForConditionalGeneration"):
@@ -321,6 +345,24 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], type[RefusedError], str]] =
         ),
         CheckpointError,
         r"'model\.norm\.weight': expected it in one shard",
+    ),
+    "the index is empty": (
+        lambda base: (base / "model.safetensors.index.json").write_bytes(b""),
+        CheckpointError,
+        "index.json",
+    ),
+    "the index is a link to nothing": (
+        lambda base: (
+            (base / "model.safetensors.index.json").rename(base / "x"),
+            (base / "model.safetensors.index.json").symlink_to(base / "nothing"),
+        ),
+        MissingFileError,
+        "index.json",
+    ),
+    "config is a link to nothing": (
+        lambda base: ((base / "config.json").rename(base / "x"), (base / "config.json").symlink_to(base / "nothing")),
+        MissingFileError,
+        "config.json",
     ),
     "config is no JSON": (lambda base: (base / "config.json").write_text("{,}"), CheckpointError, "config.json"),
     "no weights": (
@@ -366,6 +408,52 @@ def test_shards_in_a_hub_cache_are_links_that_are_read_but_not_copied_as_links(t
     rawmerge.merge_adapter(base, adapter, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
+
+
+def test_swapped_arguments_are_told(tiny: Paths) -> None:
+    with pytest.raises(RefusedError, match=r"found an adapter(.|\n)*the base comes first"):
+        rawmerge.plan_merge(tiny[1], tiny[0])
+
+
+def test_one_shard_of_several_is_no_base(tiny: Paths) -> None:
+    with pytest.raises(CheckpointError, match=r"found one of 2 shards(.|\n)*name the folder"):
+        rawmerge.plan_merge(tiny[0] / "model-00001-of-00002.safetensors", tiny[1])
+
+
+def test_a_base_in_a_sub_folder_is_pointed_to(tiny: Paths, tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--name/snapshots"
+    cache.mkdir(parents=True)
+    tiny[0].rename(cache / "0123abcd")
+    with pytest.raises(MissingFileError, match="did you mean a folder in it: snapshots/0123abcd"):
+        rawmerge.plan_merge(tmp_path / "models--org--name", tiny[1])
+
+
+def test_the_config_files_stand_for_their_folders(tiny: Paths) -> None:
+    base, adapter = tiny
+    plan = rawmerge.plan_merge(base / "model.safetensors.index.json", adapter / "adapter_config.json")
+    assert plan == rawmerge.plan_merge(base, adapter)
+
+
+def test_a_plan_runs_from_another_folder(tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny[0].parent)
+    plan = rawmerge.plan_merge("base", "adapter")
+    monkeypatch.chdir("/")
+    rawmerge.run_plan(plan, tmp_path / "out")
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_a_saved_head_of_a_tied_base_is_told(tmp_path: Path) -> None:
+    adapter = write_adapter(
+        tmp_path / "adapter", {f"{PREFIX}lm_head.weight": torch.ones(20, 8)}, modules_to_save=["lm_head"]
+    )
+    with pytest.raises(PlanError, match="the base ties its output to its input embedding"):
+        rawmerge.plan_merge(tied_base(tmp_path), adapter)
+
+
+@pytest.mark.parametrize(("name", "notes"), [("somewhere/base", 0), ("org/another", 1)])
+def test_a_base_of_another_name_is_noted(tiny: Paths, name: str, notes: int) -> None:
+    edit_config(tiny[1], base_model_name_or_path=name)
+    assert len(rawmerge.plan_merge(*tiny).notes) == notes
 
 
 def test_an_adapter_in_a_sub_folder_is_pointed_to(tiny: Paths, tmp_path: Path) -> None:

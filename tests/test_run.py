@@ -348,6 +348,18 @@ def test_an_untrained_adapter_is_an_error(tmp_path: Path) -> None:
     assert_only_inputs_left(tmp_path)
 
 
+def test_replacements_that_equal_the_base_change_nothing(tmp_path: Path) -> None:
+    norm = random_tensor((8,))
+    base = write_base(tmp_path / "base", [{"norm.weight": norm, "q.weight": random_tensor((6, 5))}])
+    pair = lora_pair("q", 6, 5) | {f"{PREFIX}norm.weight": norm}
+    pair[f"{PREFIX}q.lora_B.weight"].zero_()
+    with pytest.raises(NothingChangedError, match="would equal the base"):
+        rawmerge.merge_adapter(
+            base, write_adapter(tmp_path / "adapter", pair, modules_to_save=["norm"]), tmp_path / "out"
+        )
+    assert_only_inputs_left(tmp_path)
+
+
 def test_a_tensor_whose_delta_is_lost_in_rounding_is_told(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", [{"q.weight": random_tensor((6, 5)), "k.weight": torch.ones(6, 5).bfloat16()}])
     lost = {name: tensor * 1e-4 for name, tensor in lora_pair("k", 6, 5).items()}

@@ -15,7 +15,18 @@ from rawmerge.methods.lora import LoraMethod
 from rawmerge.tile_computer import TileScratch
 from rawmerge.tiles import TILE_ELEMENTS, tile_rows
 
-SHAPES = [(17, 100_000), (151, 20_000), (4096, 1024), (1100, 3000), (7, 100), (1000, 1000), (64, 64), (20, 70_001)]
+SHAPES = [
+    (17, 100_000),
+    (151, 20_000),
+    (4096, 1024),
+    (1100, 3000),
+    (7, 100),
+    (1000, 1000),
+    (64, 64),
+    (20, 70_001),
+    (7, 299_593),
+    (10, 150_000),
+]
 
 
 def random_shapes(count: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from rawmerge.errors import AdapterError, Problem, ProblemCollector, UnsupportedAdapterError
@@ -49,25 +50,29 @@ IGNORED_FIELDS: Final = frozenset(
 REFUSED_FIELDS: Final = {
     "alora_invocation_tokens": "aLoRA acts on some tokens only, so it has no place in the weights",
     "arrow_config": "Arrow routes each token between adapters, so it has no place in the weights",
-    "bias": "trained biases are not merged yet",
-    "ensure_weight_tying": "adapters on tied weights are not merged yet",
-    "kasa_config": "KaSA changes the base before the delta is added; not merged yet",
+    "bias": "trained biases are not merged yet; PEFT can",
+    "ensure_weight_tying": "adapters on tied weights are not merged yet; PEFT can",
+    "kasa_config": "KaSA changes the base before the delta is added; not merged yet; PEFT can",
     "layer_replication": "replicated layers are not written yet",
-    "lora_bias": "a bias in lora_B is not merged yet",
+    "lora_bias": "a bias in lora_B is not merged yet; PEFT can",
     "megatron_config": "Megatron shards are not PEFT tensors",
-    "monteclora_config": "MonteCLoRA is not merged yet",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not merged yet",
-    "trainable_token_indices": "trained token rows are not merged yet",
-    "use_bdlora": "block-diagonal LoRA is not merged yet",
-    "use_dora": "DoRA is not merged yet",
+    "monteclora_config": "MonteCLoRA is not merged yet; PEFT can",
+    "target_parameters": "LoRA on bare parameters (fused experts) is not merged yet; PEFT can",
+    "trainable_token_indices": "trained token rows are not merged yet; PEFT can",
+    "use_bdlora": "block-diagonal LoRA is not merged yet; PEFT can",
+    "use_dora": "DoRA is not merged yet; PEFT can",
     "use_qalora": "QALoRA merges into quantised weights only",
-    "velora_config": "VeLoRA is not merged yet",
+    "velora_config": "VeLoRA is not merged yet; PEFT can",
 }
 #: Values of `init_lora_weights` after which the stored pair is a plain LoRA on the unchanged base.
 PLAIN_INITS: Final = frozenset({"eva", "gaussian", "orthogonal"})
 
 
 _T = TypeVar("_T")
+
+
+#: Repeats (`*`, `+`, `{…}`) that a pattern may have: each one more multiplies the time by the path's length.
+MAX_REPEATS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +115,14 @@ class AdapterConfig:
 
 def _first_match(pattern: Mapping[str, _T], module_path: str, default: _T) -> _T:
     for key, value in pattern.items():
-        if re.match(_as_regex(key), module_path):
+        if _compiled(key).match(module_path):
             return value
     return pattern.get(module_path, default)  # PEFT takes a key that is the path itself, whatever it means as a regex
+
+
+@lru_cache(maxsize=65536)  # one key per module is common, and more than re keeps
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(_as_regex(key))
 
 
 def _as_regex(key: str) -> str:
@@ -171,8 +181,8 @@ def _unsupported_fields(fields: Mapping[str, Any]) -> Iterable[Problem]:
 
 
 def _unsupported_init(value: object) -> Iterable[Problem]:
-    if value is not True and not (isinstance(value, str) and value in PLAIN_INITS):
-        hint = "this initialisation changed the base in training; save the adapter converted to plain LoRA"
+    if value is not True and not (isinstance(value, str) and value.lower() in PLAIN_INITS):
+        hint = "it changed the base in training; PEFT converts such adapters: path_initial_model_for_weight_conversion"
         plain = ", ".join(sorted(PLAIN_INITS))
         yield Problem("init_lora_weights", f"true, false or one of {plain}", ascii(value)[:80], hint)
 
@@ -205,6 +215,15 @@ def _bad_pattern(fields: Mapping[str, Any], name: str, is_valid: Any) -> Iterabl
             re.compile(_as_regex(key))  # as it will be used: flags are legal at the start only
         except (re.error, RecursionError, OverflowError) as error:
             yield Problem(f"{name}[{key[:80]!r}]", "a regular expression", str(error)[:120])
+        if _may_explode(key):
+            expected = f"at most {MAX_REPEATS} repeats, and none of a group: others can take for ever"
+            yield Problem(f"{name}[{key[:80]!r}]", expected, "more", "list the modules one by one")
+
+
+def _may_explode(key: str) -> bool:
+    """Whether matching could take exponential time, or a high power of the path's length."""
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", key)
+    return len(re.findall(r"[*+{]", plain)) > MAX_REPEATS or bool(re.search(r"\)[*+{]", plain))
 
 
 def _is_rank(value: object) -> bool:

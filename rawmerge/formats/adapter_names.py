@@ -28,7 +28,7 @@ FOREIGN_PARTS: Final = {
     "lora_magnitude_vector": "a DoRA magnitude",
     "token_adapter": "trained token rows",
     "base_layer": "a pair on a nested module, or a trained bias",
-    "modules_to_save": "an adapter name left in the file",
+    "modules_to_save": "a saved module under the name it has in memory, as when the vocabulary was resized",
     "lora_A": "a LoRA tensor with a name PEFT does not save",
     "lora_B": "a LoRA tensor with a name PEFT does not save, or a LoRA bias",
     "lora_embedding_A": "a LoRA tensor with a name PEFT does not save",

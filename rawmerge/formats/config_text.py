@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,8 +51,11 @@ def insert_value(text: str, key: str, value: Any) -> str:
     return f"{body}{comma}\n  {json.dumps(key)}: {json.dumps(value)}\n{text[close:]}"
 
 
-def _members(text: str) -> Iterator[_Member]:
-    yield from _object_members(text, _skip_space(text, 0), ())
+def _members(text: str) -> list[_Member]:
+    """Return the members of all objects that are not inside arrays, in the order of their text."""
+    found: list[_Member] = []
+    _scan_object(text, _skip_space(text, 0), (), found)
+    return sorted(found, key=lambda member: member.start)
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -60,14 +63,17 @@ def _skip_space(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _object_members(text: str, position: int, path: tuple[str, ...]) -> Iterator[_Member]:
+def _scan_object(text: str, position: int, path: tuple[str, ...], found: list[_Member]) -> int:
+    """Append the members of the object at `position` to `found`; return the position behind it."""
     position = _skip_space(text, position + 1)
     while text[position] != "}":
         key, position = _DECODER.raw_decode(text, position)
         start = _skip_space(text, _skip_space(text, position) + 1)
-        value, end = _DECODER.raw_decode(text, start)
-        yield _Member((*path, key), start, end)
-        if isinstance(value, dict):
-            yield from _object_members(text, start, (*path, key))
+        if text[start] == "{":
+            end = _scan_object(text, start, (*path, key), found)
+        else:
+            _, end = _DECODER.raw_decode(text, start)
+        found.append(_Member((*path, key), start, end))
         position = _skip_space(text, end)
         position = _skip_space(text, position + 1) if text[position] == "," else position
+    return position + 1

@@ -76,8 +76,8 @@ class ModelConfig:
     @property
     def ties_embeddings(self) -> bool:
         """Whether loaders use the input embedding as output projection when the file has no lm_head."""
-        stated = self.fields.get(TIE_KEY)
-        return stated if isinstance(stated, bool) else self.model_type in TIED_BY_DEFAULT
+        stated = [is_tied for _, is_tied in _stated_ties(self.fields, ())]
+        return any(stated) if stated else self.model_type in TIED_BY_DEFAULT
 
     @property
     def model_types(self) -> frozenset[str]:
@@ -115,9 +115,17 @@ def with_dtype(config: ModelConfig, torch_name: str) -> str:
 
 def with_untied_embeddings(config: ModelConfig, text: str) -> str:
     """Return `text`, an edited config of this base, with `tie_word_embeddings` false wherever it was true."""
-    paths = [(TIE_KEY,), *((key, TIE_KEY) for key, value in config.fields.items() if isinstance(value, dict))]
-    edited = replace_values(text, dict.fromkeys(paths, False))
+    edited = replace_values(text, dict.fromkeys((path for path, _ in _stated_ties(config.fields, ())), False))
     return edited if TIE_KEY in config.fields else insert_value(edited, TIE_KEY, False)
+
+
+def _stated_ties(fields: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Yield each `tie_word_embeddings` of this config and of those nested in it: its path, and its value."""
+    for key, value in fields.items():
+        if key == TIE_KEY and isinstance(value, bool):
+            yield (*path, key), value
+        elif isinstance(value, dict):
+            yield from _stated_ties(value, (*path, key))
 
 
 def _model_types(fields: Mapping[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final
 
+MAX_DEPTH: Final = 200
 _SURROGATE_ESCAPE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -77,4 +78,16 @@ def parse_json_object(raw: bytes, *, allows_infinity: bool = False) -> dict[str,
         raise StrictJsonError(str(error)) from error
     if not isinstance(value, dict):
         raise StrictJsonError(f"not a JSON object but {type(value).__name__}")
+    _check_depth(value)
     return value
+
+
+def _check_depth(value: dict[str, Any]) -> None:
+    """Refuse what recursive readers could not follow; some Pythons parse it all the same."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        items = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [inner for item in items for inner in item if isinstance(inner, dict | list)]
+        if not level:
+            return
+    raise StrictJsonError("nested too deeply")

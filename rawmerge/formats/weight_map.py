@@ -69,7 +69,7 @@ def parse_weight_map(raw: bytes, path: str) -> WeightMap:
 def format_weight_map(weight_map: WeightMap) -> str:
     """Return the index's text as transformers writes it: sorted, two spaces, a newline at the end."""
     document = {"metadata": dict(weight_map.metadata), "weight_map": dict(weight_map.shard_by_tensor)}
-    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
 def _check_shard_names(names: Collection[object], path: str) -> None:

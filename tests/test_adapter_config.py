@@ -1,0 +1,307 @@
+"""adapter_config.json: followed as PEFT follows it, or refused by the name of the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rawmerge.errors import AdapterError, PlanError, UnsupportedAdapterError
+from rawmerge.formats.adapter_config import (
+    IGNORED_FIELDS,
+    PLAIN_INITS,
+    REFUSED_FIELDS,
+    SUPPORTED_FIELDS,
+    AdapterConfig,
+    parse_adapter_config,
+)
+from tests.strategies import SETTINGS, module_paths, module_patterns
+
+PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+
+
+def parse(**fields: Any) -> AdapterConfig:
+    return parse_adapter_config(json.dumps({**PLAIN, **fields}).encode(), "adapter_config.json")
+
+
+def saved_by_peft(folder: Path, **fields: Any) -> bytes:
+    peft = pytest.importorskip("peft")
+    peft.LoraConfig(**fields).save_pretrained(folder)
+    return (folder / "adapter_config.json").read_bytes()
+
+
+def regex_is_valid(key: str) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(rf"(.*\.)?({key})$")
+    except re.error:
+        return False
+    return True
+
+
+def test_the_fields_that_decide_a_merge_are_read() -> None:
+    config = parse(use_rslora=True, fan_in_fan_out=True, modules_to_save=["head"], base_model_name_or_path="org/name")
+    assert config == AdapterConfig(8, 16.0, {}, {}, True, True, ("head",), "org/name")
+
+
+def test_the_least_config_has_peft_s_defaults() -> None:
+    assert parse() == AdapterConfig(8, 16.0, {}, {}, False, False, (), "")
+
+
+@pytest.mark.parametrize(
+    ("path", "rank", "alpha"),
+    [
+        ("layers.0.q_proj", 4, 16.0),
+        ("layers.1.q_proj", 2, 16.0),
+        ("layers.1.v_proj", 8, 7.0),
+        ("layers.1.xv_proj", 8, 16.0),
+        ("v_proj", 8, 7.0),
+        ("layers.0.v_proj.deeper", 8, 16.0),
+    ],
+)
+def test_the_first_pattern_that_fits_the_end_of_a_path_wins(path: str, rank: int, alpha: float) -> None:
+    config = parse(rank_pattern={r"0\.q_proj": 4, "q_proj": 2}, alpha_pattern={"v_proj": 7})
+    assert (config.rank_of(path), config.alpha_of(path)) == (rank, alpha)
+
+
+@pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 16 / 4), (True, 16 / 4**0.5)])
+def test_scaling_uses_the_rank_of_the_layer(use_rslora: bool, scaling: float) -> None:
+    assert parse(rank_pattern={"q_proj": 4}, use_rslora=use_rslora).scaling_of("h.q_proj") == scaling
+
+
+@pytest.mark.parity
+@SETTINGS
+@given(st.dictionaries(module_patterns(), st.integers(1, 99), max_size=4), module_paths())
+def test_patterns_are_resolved_as_peft_resolves_them(pattern: dict[str, int], path: str) -> None:
+    get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
+    pattern = {key: value for key, value in pattern.items() if regex_is_valid(key)}
+    expected = pattern.get(get_pattern_key(pattern.keys(), path))
+    config = parse(rank_pattern=pattern, alpha_pattern=pattern)
+    assert config.rank_of(path) == (expected or 8)
+    assert config.alpha_of(path) == (expected or 16)
+
+
+@pytest.mark.parity
+def test_a_key_that_is_the_path_itself_counts_even_where_it_is_no_fitting_regex() -> None:
+    get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
+    pattern = {"h.c+": 3}
+    assert parse(rank_pattern=pattern).rank_of("h.c+") == pattern[get_pattern_key(pattern, "h.c+")]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scaling_is_peft_s_for_every_layer(tmp_path: Path, use_rslora: bool) -> None:
+    peft, nn = pytest.importorskip("peft"), pytest.importorskip("torch.nn")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=["0", "1", "2"], rank_pattern={"1": 5}, alpha_pattern={"1|2": 11}
+    )
+    config.use_rslora = use_rslora
+    model = peft.get_peft_model(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), config)
+    model.save_pretrained(tmp_path)
+    ours = parse_adapter_config((tmp_path / "adapter_config.json").read_bytes(), "config")
+    layers = model.base_model.model
+    assert [ours.scaling_of(str(number)) for number in range(3)] == [layer.scaling["default"] for layer in layers]
+
+
+@pytest.mark.parity
+def test_a_default_config_of_peft_is_accepted(tmp_path: Path) -> None:
+    found = parse_adapter_config(saved_by_peft(tmp_path), "config")
+    assert found == AdapterConfig(8, 8.0, {}, {}, False, False, (), "")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear", "exclude_modules": ["lm_head"], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
+        {"target_modules": {"q", "v"}, "layers_to_transform": [0, 2], "layers_pattern": "layers", "revision": "main"},
+        {"rank_pattern": {"q": 4}, "alpha_pattern": {"^model.q": 3}, "use_rslora": True, "modules_to_save": ["head"]},
+        {"init_lora_weights": False, "fan_in_fan_out": True, "megatron_core": "megatron.core"},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_plain_lora_as_peft_saves_it_is_accepted(tmp_path: Path, fields: dict[str, Any]) -> None:
+    found = parse_adapter_config(saved_by_peft(tmp_path, r=6, **fields), "config")
+    assert found.rank == 6
+    assert found.use_rslora == fields.get("use_rslora", False)
+
+
+@pytest.mark.parity
+def test_every_field_of_peft_is_supported_ignored_or_refused() -> None:
+    fields = {field.name for field in dataclasses.fields(pytest.importorskip("peft").LoraConfig)}
+    known = SUPPORTED_FIELDS | IGNORED_FIELDS | set(REFUSED_FIELDS) | {"init_lora_weights"}
+    assert fields == known
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("use_qalora", True),
+        ("layer_replication", [(0, 4), (2, 5)]),
+        ("target_parameters", ["experts.gate_up_proj"]),
+        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", {"embed_tokens": [3]}),
+        ("alora_invocation_tokens", [7]),
+        ("ensure_weight_tying", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+    ],
+)
+def test_what_is_not_merged_is_refused_in_peft_s_own_spelling(tmp_path: Path, name: str, value: Any) -> None:
+    raw = saved_by_peft(tmp_path, target_modules=["q"], task_type="CAUSAL_LM", **{name: value})
+    with pytest.raises(UnsupportedAdapterError, match=f"'{name}': expected "):
+        parse_adapter_config(raw, "config")
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED_FIELDS))
+@pytest.mark.parametrize("value", [True, "x", [1], {"a": [1]}, 1], ids=str)
+def test_a_field_that_is_not_merged_is_refused_by_name_with_its_reason(name: str, value: Any) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=re.escape(f"'{name}': expected it to be unset, found")) as caught:
+        parse(**{name: value})
+    assert [problem.hint for problem in caught.value.problems] == [REFUSED_FIELDS[name]]
+
+
+@pytest.mark.parametrize("name", [*sorted(REFUSED_FIELDS), "a_field_of_a_newer_peft"])
+@pytest.mark.parametrize("value", [None, False, 0, "", [], {}], ids=str)
+def test_a_field_that_is_unset_changes_nothing(name: str, value: Any) -> None:
+    assert parse(**{name: value}) == parse()
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED_FIELDS - {"base_model_name_or_path"}))
+@pytest.mark.parametrize("value", ["x", ["x"], {"x": 1}, 3], ids=str)
+def test_an_ignored_field_changes_nothing_whatever_it_says(name: str, value: Any) -> None:
+    assert parse(**{name: value}) == parse()
+
+
+def test_an_unknown_field_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedAdapterError, match="'use_newlora': expected a config field that rawmerge knows"):
+        parse(use_newlora=True)
+
+
+@pytest.mark.parametrize("init", [True, False, None, *sorted(PLAIN_INITS)], ids=str)
+def test_an_init_that_leaves_the_base_alone_is_accepted(init: Any) -> None:
+    assert parse(init_lora_weights=init) == parse()
+
+
+@pytest.mark.parametrize(
+    "init", ["loftq", "corda", "lora_ga", "mica", "of the future", 1, ["gaussian"], {"a": 1}], ids=str
+)
+def test_an_init_that_may_have_changed_the_base_is_refused(init: Any) -> None:
+    with pytest.raises(UnsupportedAdapterError, match="'init_lora_weights': expected true, false or one of eva"):
+        parse(init_lora_weights=init)
+
+
+@pytest.mark.parametrize("peft_type", ["LOHA", "lora", "ADALORA", "IA3", 3, ["LORA"], {"LORA": 1}, True], ids=str)
+def test_another_adapter_type_is_refused(peft_type: Any) -> None:
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"'peft_type': expected one of LORA, found .*\n.*this version merges"
+    ):
+        parse(peft_type=peft_type)
+
+
+@pytest.mark.parametrize("raw", [b"{}", b'{"peft_type": null}', b'{"model_type": "llama"}'])
+def test_a_config_without_a_type_is_taken_for_no_adapter(raw: bytes) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=r"found none\n.*is this the folder of a PEFT adapter"):
+        parse_adapter_config(raw, "config")
+
+
+@pytest.mark.parametrize("rank", [None, 0, -1, 8.0, "8", True, [8], 2**31, float("1e3")], ids=str)
+def test_a_rank_must_be_a_positive_whole_number(rank: Any) -> None:
+    with pytest.raises(AdapterError, match="'r': expected a positive whole number"):
+        parse(r=rank)
+    with pytest.raises(AdapterError, match=r"rank_pattern\['q'\].*expected a number that can be used"):
+        parse(rank_pattern={"q": rank})
+
+
+@pytest.mark.parametrize("alpha", [None, 0, 0.0, "16", True, [16], 2**53], ids=str)
+def test_an_alpha_must_be_a_number_other_than_zero(alpha: Any) -> None:
+    with pytest.raises(AdapterError, match="'lora_alpha': expected a finite number other than 0"):
+        parse(lora_alpha=alpha)
+    with pytest.raises(AdapterError, match=r"alpha_pattern\['q'\].*expected a number that can be used"):
+        parse(alpha_pattern={"q": alpha})
+
+
+@pytest.mark.parametrize("alpha", [1, -2, 0.5, 2**53 - 1, 1e-300])
+def test_any_other_alpha_is_taken_exactly(alpha: float) -> None:
+    config = parse(lora_alpha=alpha, alpha_pattern={"q": alpha})
+    assert config.alpha == config.alpha_of("q") == alpha
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999"])
+def test_an_alpha_that_is_no_number_is_refused(text: str) -> None:
+    raw = f'{{"peft_type": "LORA", "r": 8, "lora_alpha": {text}}}'.encode()
+    with pytest.raises(AdapterError, match=f"strict JSON, found {text} is"):
+        parse_adapter_config(raw, "config")
+
+
+def test_a_missing_alpha_is_refused_with_where_to_find_it() -> None:
+    with pytest.raises(
+        AdapterError, match=r"'lora_alpha': expected .*, found nothing\n.*take it from the training script"
+    ):
+        parse_adapter_config(b'{"peft_type": "LORA", "r": 8}', "config")
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", ["q", ["q"], 3, True], ids=str)
+def test_a_pattern_must_be_a_table(name: str, value: Any) -> None:
+    with pytest.raises(AdapterError, match=f"'{name}': expected a table from module pattern to number"):
+        parse(**{name: value})
+
+
+@pytest.mark.parametrize("key", ["(", "*", "[", "a{99999999999}", "(?i)q", "(?P<a>", "\\"])
+def test_a_pattern_that_is_no_regular_expression_where_it_is_used_is_refused(key: str) -> None:
+    with pytest.raises(AdapterError, match=r"alpha_pattern\[.*expected a regular expression"):
+        parse(alpha_pattern={key: 3})
+
+
+@pytest.mark.parametrize("name", ["use_rslora", "fan_in_fan_out"])
+@pytest.mark.parametrize("value", ["false", 1, [True]], ids=str)
+def test_a_switch_must_be_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(AdapterError, match=f"'{name}': expected true or false, found"):
+        parse(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["head", [1], {"head": 1}], ids=str)
+def test_modules_to_save_must_be_a_list_of_names(value: Any) -> None:
+    with pytest.raises(AdapterError, match="'modules_to_save': expected a list of module names"):
+        parse(modules_to_save=value)
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b'{"r": 8, "r": 8}', b"\xff"])
+def test_a_config_that_is_no_strict_json_is_refused(raw: bytes) -> None:
+    with pytest.raises(AdapterError, match="'folder/config': expected an adapter config of strict JSON"):
+        parse_adapter_config(raw, "folder/config")
+
+
+def test_all_unsupported_fields_are_named_at_once() -> None:
+    with pytest.raises(UnsupportedAdapterError, match="3 problems") as caught:
+        parse(use_dora=True, bias="all", unknown=1)
+    assert [problem.subject for problem in caught.value.problems] == ["use_dora", "bias", "unknown"]
+
+
+def test_unsupported_fields_and_bad_values_are_named_at_once() -> None:
+    with pytest.raises(PlanError, match="2 problems") as caught:
+        parse(use_dora=True, r=0)
+    assert [problem.subject for problem in caught.value.problems] == ["use_dora", "r"]
+
+
+def test_a_message_is_bounded_whatever_the_value() -> None:
+    with pytest.raises(UnsupportedAdapterError, match="use_dora") as caught:
+        parse(use_dora="\x1b" * 100_000)
+    assert len(str(caught.value)) < 300
+    assert "\x1b" not in str(caught.value)

@@ -1,0 +1,101 @@
+"""Publishing an output: never over other work, never half, and truthfully told."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rawmerge
+from rawmerge.errors import MergeError, OutputError
+from rawmerge.output_directory import PUBLISHED_NOTE, OutputPolicy, StagingDirectory
+
+Paths = tuple[Path, Path]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_work_that_appears_at_the_output_meanwhile_is_not_replaced(
+    tiny: Paths, tmp_path: Path, overwrite: bool
+) -> None:
+    def appear(_: rawmerge.Progress) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/precious.txt").write_text("work")
+
+    with pytest.raises(MergeError, match=r"not empty|other work"):
+        rawmerge.merge_adapter(*tiny, tmp_path / "out", overwrite=overwrite, progress=appear)
+    assert names(tmp_path / "out") == ["precious.txt"]
+    assert names(tmp_path) == ["adapter", "base", "out"]
+
+
+def test_an_output_that_holds_what_the_base_links_to_is_refused(tiny: Paths, tmp_path: Path) -> None:
+    base, adapter = tiny
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in base.iterdir():
+        (links / path.name).symlink_to(path)
+    with pytest.raises(OutputError, match="one that holds"):
+        rawmerge.merge_adapter(links, adapter, base, overwrite=True)
+    assert len(names(base)) == 5
+
+
+def test_a_name_too_long_for_the_file_system_is_refused(tiny: Paths, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"at most 255 bytes|too long"):
+        rawmerge.merge_adapter(*tiny, tmp_path / ("a" * 300))
+    rawmerge.merge_adapter(*tiny, tmp_path / ("a" * 250))
+
+
+@pytest.mark.parametrize("below", ["", "x"])
+def test_a_loop_of_links_is_refused(tiny: Paths, tmp_path: Path, below: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises((OutputError, MergeError)):
+        rawmerge.merge_adapter(*tiny, tmp_path / "loop" / below)
+
+
+def test_a_signal_while_publishing_waits_and_is_told_truthfully(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    policy = OutputPolicy(False, "record.json", tmp_path / "base", ())
+    with StagingDirectory(tmp_path / "out") as staging:
+        staging.write_text("record.json", "{}")
+        with pytest.raises(KeyboardInterrupt) as caught:
+            staging.publish(policy)
+    assert caught.value.__notes__ == [PUBLISHED_NOTE]
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["record.json"]
+
+
+def run_cli(arguments: list[object], redirections: str) -> subprocess.CompletedProcess[bytes]:
+    command = " ".join([sys.executable, "-m", "rawmerge", *map(str, arguments), redirections])
+    return subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("redirections", ["2>&-", ">&-", ">/dev/full", "2>/dev/full", "| true"])
+def test_a_closed_or_full_stream_does_not_undo_the_merge(tiny: Paths, tmp_path: Path, redirections: str) -> None:
+    done = run_cli(["merge", *tiny, "--output", tmp_path / "out"], redirections)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert (tmp_path / "out/rawmerge.json").exists()
+
+
+def test_staging_directories_are_hidden_and_beside_the_target(tiny: Paths, tmp_path: Path) -> None:
+    seen: set[str] = set()
+    rawmerge.merge_adapter(*tiny, tmp_path / "out", progress=lambda _: seen.update(names(tmp_path)))
+    assert [name for name in seen if re.fullmatch(r"\.rawmerge-\d+-[0-9a-f]{8}", name)]
+    assert names(tmp_path) == ["adapter", "base", "out"]
