@@ -322,6 +322,14 @@ def test_a_tied_embedding_with_an_unknown_head_is_refused(tmp_path: Path) -> Non
         rawmerge.plan_merge(base, embedding_adapter(tmp_path))
 
 
+def dead_link(name: str) -> Callable[[Path], object]:
+    def change(base: Path) -> None:
+        (base / name).unlink()
+        (base / name).symlink_to(base / "nothing")
+
+    return change
+
+
 BAD_BASES: dict[str, tuple[Callable[[Path], object], type[RefusedError], str]] = {
     "a shard is missing": (
         lambda base: (base / "model-00002-of-00002.safetensors").rename(base / "x"),
@@ -351,19 +359,8 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], type[RefusedError], str]] =
         CheckpointError,
         "index.json",
     ),
-    "the index is a link to nothing": (
-        lambda base: (
-            (base / "model.safetensors.index.json").rename(base / "x"),
-            (base / "model.safetensors.index.json").symlink_to(base / "nothing"),
-        ),
-        MissingFileError,
-        "index.json",
-    ),
-    "config is a link to nothing": (
-        lambda base: ((base / "config.json").rename(base / "x"), (base / "config.json").symlink_to(base / "nothing")),
-        MissingFileError,
-        "config.json",
-    ),
+    "the index is a link to nothing": (dead_link("model.safetensors.index.json"), MissingFileError, "index.json"),
+    "config is a link to nothing": (dead_link("config.json"), MissingFileError, "config.json"),
     "config is no JSON": (lambda base: (base / "config.json").write_text("{,}"), CheckpointError, "config.json"),
     "no weights": (
         lambda base: [path.rename(path.with_suffix(".old")) for path in base.glob("*.s*")],
