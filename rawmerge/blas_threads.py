@@ -17,10 +17,10 @@ _COUNT_LOCK: Final = threading.Lock()
 
 
 class BlasThreads:
-    """The thread count of one merge: one for tiles, the caller's own for tensors of a single tile.
+    """The thread count of one merge: one, but the caller's own for low products.
 
     PEFT computes a tensor whole, with torch's own count; the same call with the same count has the same bits.
-    Anything higher than a tile has the same bits with one thread as with many.
+    Anything higher has the same bits with one thread as with many.
     """
 
     def __init__(self) -> None:

@@ -66,7 +66,7 @@ class _Job:
 class _Shard:
     """An output shard in work."""
 
-    name: str
+    plan: ShardPlan
     file: OutputFile
     open_jobs: int = 0
     all_submitted: bool = False
@@ -105,12 +105,13 @@ class Engine:
             # importing torch takes as long as copying a gigabyte; it starts beside the first ranges
             loading = syncer.submit(self._blas)
             try:
-                for plan, file in shards:
-                    running.begin(_Shard(plan.name, file))
-                    file.write_header(plan.header_text)
-                    for job in self._jobs(plan, file):
-                        running.submit(workers, job)
-                    running.end()
+                # what is copied goes first, of all shards, so that nothing waits for torch that does not need it
+                begun = [self._begin(plan, file, running, workers) for plan, file in shards]
+                for shard in begun:
+                    for step in shard.plan.steps:
+                        if not _is_copied(step):
+                            running.submit(workers, shard, self._tile_jobs(step, shard.plan, shard.file))
+                    running.end(shard)
                 running.drain()
                 loading.result()
             except BaseException:
@@ -121,24 +122,16 @@ class Engine:
                 if self._blas_threads:
                     self._blas_threads.restore()
 
-    def _jobs(self, plan: ShardPlan, file: OutputFile) -> Iterator[_Job]:
-        kept: list[Step] = []
-        for step in plan.steps:
-            if _is_copied(step):
-                if kept and not _follows(kept[-1], step):
-                    yield from self._copy_jobs(kept, plan, file)
-                    kept = []
-                kept.append(step)
-                continue
-            yield from self._copy_jobs(kept, plan, file)
-            kept = []
-            yield from self._tile_jobs(step, plan, file)
-        yield from self._copy_jobs(kept, plan, file)
+    def _begin(self, plan: ShardPlan, file: OutputFile, running: _Running, workers: ThreadPoolExecutor) -> _Shard:
+        """Write a shard's header, and submit its copies."""
+        shard = running.begin(plan, file)
+        file.write_header(plan.header_text)
+        for steps in _runs(plan.steps):
+            running.submit(workers, shard, self._copy_jobs(steps, plan, file))
+        return shard
 
     def _copy_jobs(self, steps: list[Step], plan: ShardPlan, file: OutputFile) -> Iterator[_Job]:
         """Yield the jobs that copy tensors lying side by side in the source and in the output."""
-        if not steps:
-            return
         source, total = steps[0].source, sum(step.source.byte_count for step in steps)
         target = plan.data_start + steps[0].entry.start
         for start in range(0, total, COPY_BYTES):
@@ -224,19 +217,23 @@ class _Running:
     syncing: list[Future[None]] = field(default_factory=list)
     shards: list[_Shard] = field(default_factory=list)
 
-    def begin(self, shard: _Shard) -> None:
+    def begin(self, plan: ShardPlan, file: OutputFile) -> _Shard:
+        shard = _Shard(plan, file)
         self.shards.append(shard)
+        return shard
 
-    def end(self) -> None:
-        """All jobs of the newest shard have been submitted."""
-        self.shards[-1].all_submitted = True
-        self._finish_if_done(self.shards[-1])
+    def end(self, shard: _Shard) -> None:
+        """All jobs of the shard have been submitted."""
+        shard.all_submitted = True
+        self._finish_if_done(shard)
 
-    def submit(self, workers: ThreadPoolExecutor, job: _Job) -> None:
-        while len(self.flying) >= self.limit:
-            self._collect()
-        self.shards[-1].open_jobs += 1
-        self.flying[workers.submit(job.call)] = (job, self.shards[-1])
+    def submit(self, workers: ThreadPoolExecutor, shard: _Shard, jobs: Iterable[_Job]) -> None:
+        """Start the jobs, as many at a time as the limit allows."""
+        for job in jobs:
+            while len(self.flying) >= self.limit:
+                self._collect()
+            shard.open_jobs += 1
+            self.flying[workers.submit(job.call)] = (job, shard)
 
     def drain(self) -> None:
         """Wait until everything is written and durable."""
@@ -260,7 +257,7 @@ class _Running:
             shard.open_jobs -= 1
             self._finish_if_done(shard)
             if self.report:
-                self.report(Progress(self.done_bytes, self.total_bytes, job.tensor_name, shard.name))
+                self.report(Progress(self.done_bytes, self.total_bytes, job.tensor_name, shard.plan.name))
 
     def _finish_if_done(self, shard: _Shard) -> None:
         if shard.all_submitted and shard.open_jobs == 0:
@@ -270,6 +267,19 @@ class _Running:
 
 def _is_copied(step: Step) -> bool:
     return isinstance(step, KeepTensor) or (isinstance(step, ReplaceTensor) and step.source.dtype == step.entry.dtype)
+
+
+def _runs(steps: Iterable[Step]) -> Iterator[list[Step]]:
+    """Yield the copied steps, those together whose bytes lie side by side in the source and in the output."""
+    run: list[Step] = []
+    for step in steps:
+        if run and not (_is_copied(step) and _follows(run[-1], step)):
+            yield run
+            run = []
+        if _is_copied(step):
+            run.append(step)
+    if run:
+        yield run
 
 
 def _follows(previous: Step, step: Step) -> bool:

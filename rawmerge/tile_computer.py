@@ -6,7 +6,7 @@ The only module that does arithmetic on the base; importing it imports torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -19,7 +19,7 @@ from rawmerge.methods import METHODS
 from rawmerge.methods.interface import PreparedUpdate, TileContext
 from rawmerge.rounding import has_overflow, make_nans_canonical, newly_non_finite, round_into
 from rawmerge.tensor_source import OpenFiles, TensorSource
-from rawmerge.tiles import matrix_shape
+from rawmerge.tiles import BLOCK_ELEMENTS, is_low, matrix_shape, tile_rows
 
 
 def torch_dtype(code: str) -> torch.dtype:
@@ -84,19 +84,33 @@ class TensorComputer:
             NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
             InputChangedError: a file ended early.
         """
-        rows, columns = matrix_shape(self.step.source.shape)
-        shape = (row_count, columns)
+        shape = (row_count, matrix_shape(self.step.source.shape)[1])
         before = self._read_tile(first_row, shape, scratch)
-        tile = scratch.tensor("tile", shape, self._tile_dtype)
-        tile.copy_(before)
-        updates = self._updates()
-        with self._blas.whole() if updates and row_count == rows else nullcontext():
-            for update in updates:
-                update.apply(tile, first_row, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
+        for first, count in self._blocks(shape):
+            rows = slice(first, first + count)
+            self._compute_block(before[rows], result[rows], first_row + first, scratch)
+        return _as_bytes(result)
+
+    def _blocks(self, shape: tuple[int, int]) -> Iterable[tuple[int, int]]:
+        """Return (first row, row count) of the parts of a tile that are computed at a time."""
+        return [(0, shape[0])] if self._is_low(shape[0]) else tile_rows(*shape, BLOCK_ELEMENTS)
+
+    def _is_low(self, row_count: int) -> bool:
+        """Whether these rows are the whole of a tensor whose product must be PEFT's own call."""
+        rows, columns = matrix_shape(self.step.source.shape)
+        return row_count == rows and is_low(rows, columns)
+
+    def _compute_block(self, before: torch.Tensor, result: torch.Tensor, first_row: int, scratch: TileScratch) -> None:
+        rows, columns = before.shape
+        tile = scratch.tensor("tile", (rows, columns), self._tile_dtype)
+        tile.copy_(before)
+        # other threads' counts cost time, and more of it in spinning; so only where bits depend on it
+        with self._blas.whole() if self._is_low(rows) else nullcontext():
+            for update in self._updates():
+                update.apply(tile, first_row, scratch)
         round_into(result, tile)
         self._check(result, tile, before)
-        return _as_bytes(result)
 
     def _read_tile(self, first_row: int, shape: tuple[int, int], scratch: TileScratch) -> torch.Tensor:
         """Return the rows as they are before the updates, in the dtype in which PEFT would hold them."""

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Final
 
-#: Elements of a tile where nothing else decides: 2 MiB of bfloat16, 4 MiB of float32, inside most L2/L3 caches.
+#: Elements that are read and written at a time where nothing else decides: 2 MiB of bfloat16, 4 MiB of float32.
 TILE_ELEMENTS: Final = 2**20
+#: Elements that are computed at a time: with the delta beside them they stay in the processor's cache.
+BLOCK_ELEMENTS: Final = 2**18
 #: BLAS libraries use other kernels at the edge of a product than inside. Products cut at multiples of 64 rows have
 #: shown no difference in any row to the whole product; products of fewer than 16 rows have.
 ROW_BLOCK: Final = 64
 _LOWEST_BLOCK: Final = 16
+_LOW_ELEMENTS: Final = 2**16
 _WIDE_TILE_ELEMENTS: Final = 4 * TILE_ELEMENTS
 #: A transposed delta of a narrow tensor is a low product, which must not be cut either.
 _NARROW_ELEMENTS: Final = 8 * TILE_ELEMENTS
@@ -20,6 +23,11 @@ _NARROW_ELEMENTS: Final = 8 * TILE_ELEMENTS
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return (rows, columns) of a tensor seen as a matrix: its first dimension, and all others."""
     return (1, 1) if not shape else (shape[0], prod(shape[1:]))
+
+
+def is_low(rows: int, columns: int) -> bool:
+    """Whether the thread count may change bits of a product of this shape, however it is cut."""
+    return min(rows, columns) < ROW_BLOCK or rows * columns <= _LOW_ELEMENTS
 
 
 def tile_rows(rows: int, columns: int, tile_elements: int = TILE_ELEMENTS) -> Iterator[tuple[int, int]]:
