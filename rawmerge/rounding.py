@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 #: Quiet NaN without payload. torch's own NaN differs between processors: 0xffff with AVX2, 0x7fc0 without.
 _CANONICAL_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
+#: Bits of a float32 that are all zero where it lies on a tie of the dtype, and seldom elsewhere.
+_LOW_BITS = {torch.bfloat16: 0x7FFF, torch.float16: 0x0FFF}
 _SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CANONICAL_NAN[torch.float64] = 0x7FF8000000000000
 
@@ -15,16 +18,23 @@ def round_into(result: torch.Tensor, values: torch.Tensor) -> None:
 
     Shapes: both the same.
     """
-    if values.dtype == torch.float64 and result.dtype in (torch.bfloat16, torch.float16):
-        values = _round_to_odd(values)
-    result.copy_(values)
+    if values.dtype != torch.float64 or result.dtype not in _LOW_BITS:
+        result.copy_(values)
+        return
+    # torch goes through float32, which rounds twice; that is wrong only where float32 falls on a tie of the result
+    nearest = values.float()
+    result.copy_(nearest)
+    bits = nearest.view(torch.int32).numpy().reshape(-1)
+    ties = torch.from_numpy(np.flatnonzero((bits & _LOW_BITS[result.dtype]) == 0))
+    if len(ties):
+        result.view(-1)[ties] = _round_to_odd(values.view(-1)[ties]).to(result.dtype)
 
 
 def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
     """Return float64 `values` in float32, inexact ones with an odd last bit.
 
-    torch rounds float64 to bfloat16 through float32, which can round a near-tie twice. An odd last bit keeps the
-    tie broken, so that the next rounding (to 11 bits or fewer) gives what rounding once would have given.
+    An odd last bit keeps a near-tie from looking like a tie, so that the next rounding (to 11 bits or fewer) gives
+    what rounding once would have given.
     Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008.
     """
     nearest = values.float()

@@ -54,7 +54,7 @@ THIRD_PARTY = {
     "tqdm": {"cli"},
     "huggingface_hub": {"hub"},
     "safetensors": {"demo"},
-    "numpy": {"demo"},
+    "numpy": {"demo", "rounding"},
     "torch": {"tile_computer", "rounding", "blas_threads", "methods", "demo"},
 }
 TORCH_AT_IMPORT = {"tile_computer", "rounding", "blas_threads"}
