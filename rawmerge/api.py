@@ -6,9 +6,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from rawmerge.engine import ProgressCallback
 from rawmerge.hub import resolve_adapter, resolve_base, resolve_either
 from rawmerge.inspection import Inspection, inspect_root
+from rawmerge.jobs import ProgressCallback
 from rawmerge.merge_plan import MergeOptions, MergePlan
 from rawmerge.plan import make_plan
 from rawmerge.run import MergeSummary, run_plan

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from rawmerge._version import __version__
-from rawmerge.engine import Engine, ProgressCallback, default_threads
+from rawmerge.engine import Engine, default_threads
 from rawmerge.errors import InputChangedError, MergeError, NothingChangedError, RefusedError, quote
 from rawmerge.formats.adapter_config import CONFIG_NAME
+from rawmerge.jobs import ProgressCallback
 from rawmerge.merge_plan import InputFile, KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
 from rawmerge.output_directory import OutputPolicy, StagingDirectory, check_output, check_space
 from rawmerge.plan import RECORD_NAME

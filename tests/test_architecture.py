@@ -37,6 +37,7 @@ FLOORS = {
     "matching": 5,
     "plan": 6,
     "tile_computer": 7,
+    "jobs": 7,
     "engine": 8,
     "run": 9,
     "inspection": 9,
