@@ -48,12 +48,13 @@ def _round_to_odd(values: torch.Tensor) -> torch.Tensor:
     return torch.where(needs_step, stepped, bits).view(torch.float32)
 
 
-def has_overflow(values: torch.Tensor, storage_dtype: torch.dtype) -> bool:
-    """Whether any of `values` is NaN or infinite, or becomes infinite in `storage_dtype`."""
+def may_overflow(values: torch.Tensor, storage_dtype: torch.dtype) -> bool:
+    """Whether any of `values` is NaN, infinite, or beyond the largest finite value of `storage_dtype`."""
     if values.numel() == 0:
         return False
-    extremes = torch.stack(torch.aminmax(values))
-    return not bool(torch.isfinite(extremes.to(storage_dtype)).all())
+    lowest, highest = (float(extreme) for extreme in torch.aminmax(values))  # NaN where there is any
+    limit = torch.finfo(storage_dtype).max
+    return not (lowest >= -limit and highest <= limit)
 
 
 def newly_non_finite(result: torch.Tensor, before: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from operator import eq
 from pathlib import Path
 from typing import Any, Final
@@ -192,7 +193,7 @@ def _record_text(plan: MergePlan) -> str:
     """Return the merge record: the same text for the same inputs and options, whatever their folders."""
     record: dict[str, Any] = {
         "format": RECORD_FORMAT,
-        "rawmerge": __version__,
+        "versions": {"rawmerge": __version__, "torch": version("torch")},
         "options": {"compute_dtype": plan.options.compute_dtype, "dtype": plan.options.output_dtype or "as stored"},
         "base": {
             "repo": plan.base_repo,

@@ -17,7 +17,7 @@ from rawmerge.errors import NonFiniteTensorError
 from rawmerge.merge_plan import ReplaceTensor, UpdateTensor
 from rawmerge.methods import METHODS
 from rawmerge.methods.interface import PreparedUpdate, TileContext
-from rawmerge.rounding import has_overflow, make_nans_canonical, newly_non_finite, round_into
+from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into
 from rawmerge.tensor_source import OpenFiles, TensorSource
 from rawmerge.tiles import BLOCK_ELEMENTS, is_low, matrix_shape, tile_rows
 
@@ -124,7 +124,7 @@ class TensorComputer:
         return rounded
 
     def _check(self, result: torch.Tensor, tile: torch.Tensor, before: torch.Tensor) -> None:
-        if has_overflow(tile, self._output_dtype):
+        if may_overflow(tile, self._output_dtype):
             if newly_non_finite(result, before):
                 raise NonFiniteTensorError(self.step.entry.name, self.step.entry.dtype)
             make_nans_canonical(result)
