@@ -22,7 +22,6 @@ from rawmerge.errors import RawmergeError
 
 REFUSED = 3
 INTERRUPTED = 130
-TERMINATED = 143
 
 
 class _Ended(KeyboardInterrupt):

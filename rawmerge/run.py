@@ -227,4 +227,5 @@ def _file_sha256(file: InputFile) -> str:
 
 def _describe(error: OSError) -> str:
     name = f"{quote(error.filename)}: " if error.filename else ""
-    return f"{name}{error.strerror or error}; nothing was published"
+    state = ", ".join(getattr(error, "__notes__", ())) or "nothing was published"
+    return f"{name}{error.strerror or error}; {state}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import rawmerge
+from rawmerge import output_directory
 from rawmerge.errors import MergeError, OutputError
 from rawmerge.output_directory import PUBLISHED_NOTE, OutputPolicy, StagingDirectory
 
@@ -78,6 +80,22 @@ def test_a_signal_while_publishing_waits_and_is_told_truthfully(
     assert caught.value.__notes__ == [PUBLISHED_NOTE]
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["record.json"]
+
+
+def test_a_failure_after_publishing_does_not_claim_that_nothing_was(
+    tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = output_directory._sync_directory
+
+    def fail_on_the_parent(folder: Path) -> None:
+        if folder == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(folder)
+
+    monkeypatch.setattr(output_directory, "_sync_directory", fail_on_the_parent)
+    with pytest.raises(MergeError, match=PUBLISHED_NOTE):
+        rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    assert (tmp_path / "out/rawmerge.json").exists()
 
 
 def run_cli(arguments: list[object], redirections: str) -> subprocess.CompletedProcess[bytes]:

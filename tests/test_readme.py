@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from pathlib import Path
 
 import click
@@ -92,7 +93,7 @@ def test_the_exit_codes_are_the_code_s() -> None:
         for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, errors.RawmergeError)
     }
-    assert stated == raised | {0, 2, command_line.INTERRUPTED, command_line.TERMINATED}
+    assert stated == raised | {0, 2, command_line.INTERRUPTED, 128 + signal.SIGTERM}
 
 
 def test_the_floors_are_the_house_s() -> None:
