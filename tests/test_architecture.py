@@ -21,6 +21,7 @@ FLOORS = {
     "dtypes": 0,
     "formats": 1,
     "methods": 1,
+    "families": 1,
     "tiles": 1,
     "rounding": 1,
     "blas_threads": 1,
