@@ -29,6 +29,7 @@ FLOORS = {
     "side_files": 2,
     "base_checkpoint": 3,
     "adapter": 3,
+    "comparison": 3,
     "shard_writer": 3,
     "output_directory": 3,
     "merge_plan": 3,
@@ -56,7 +57,7 @@ THIRD_PARTY = {
     "tqdm": {"cli"},
     "huggingface_hub": {"hub"},
     "safetensors": {"demo"},
-    "numpy": {"demo", "rounding"},
+    "numpy": {"demo", "rounding", "comparison"},
     "torch": {"tile_computer", "rounding", "blas_threads", "methods", "demo"},
 }
 TORCH_AT_IMPORT = {"tile_computer", "rounding", "blas_threads"}

@@ -122,3 +122,27 @@ def test_a_key_that_occurs_twice_is_replaced_twice() -> None:
 def test_an_edit_inside_a_replaced_value_is_lost_with_it() -> None:
     text = '{"tie": {"tie": true}, "b": 1}'
     assert replace_values(text, {("tie",): False, ("tie", "tie"): False}) == '{"tie": false, "b": 1}'
+
+
+@SETTINGS
+@given(json_objects(), json_objects(), json_layouts(), texts(), json_scalars() | json_objects())
+def test_a_member_is_inserted_into_a_nested_object(
+    outer: Document, inner: Document, layout: dict[str, Any], key: str, value: Any
+) -> None:
+    inner.pop(key, None)
+    document = {**outer, "text_config": inner, "last": {"text_config": {}}}
+    edited = insert_value(json.dumps(document, **layout), key, value, ("text_config",))
+    assert json.loads(edited) == {**document, "text_config": {**inner, key: value}}
+    assert list(json.loads(edited)["text_config"])[-1] == key
+
+
+def test_a_nested_member_looks_like_transformers_wrote_it() -> None:
+    text = '{\n  "a": {\n    "b": 1\n  },\n  "c": 2\n}\n'
+    edited = insert_value(text, "d", {"e": 3}, ("a",))
+    assert edited == json.dumps({"a": {"b": 1, "d": {"e": 3}}, "c": 2}, indent=2) + "\n"
+
+
+@pytest.mark.parametrize("path", [("b",), ("a", "b"), ("c",)])
+def test_a_member_cannot_be_inserted_where_there_is_no_object(path: Path) -> None:
+    with pytest.raises(KeyError):
+        insert_value('{"a": {}, "c": [{}]}', "key", 1, path)

@@ -208,6 +208,46 @@ def test_ties_are_undone_at_every_depth() -> None:
     assert edited == expected
 
 
+def test_a_nested_family_that_ties_unsaid_is_told_not_to() -> None:
+    nested = {"text_config": {"model_type": "gemma"}, "vision_config": {"model_type": "gemma"}}
+    edited = untied(**nested)
+    assert edited["text_config"] == {"model_type": "gemma", "tie_word_embeddings": False}
+    assert edited["vision_config"] == {"model_type": "gemma"}
+    assert edited["tie_word_embeddings"] is False
+
+
+def test_a_nested_family_that_does_not_tie_is_left_alone() -> None:
+    nested = {"text_config": {"model_type": "llama"}}
+    assert untied(**nested) == {**nested, "tie_word_embeddings": False}
+
+
+def test_the_name_that_lfm2_gives_the_tie_counts_too() -> None:
+    assert parse(model_type="new", tie_embedding=True).ties_embeddings
+    assert untied(tie_embedding=True) == {"tie_embedding": False, "tie_word_embeddings": False}
+
+
+def test_a_tie_that_is_null_is_stated_false() -> None:
+    nested = {"text_config": {"tie_word_embeddings": None}}
+    assert untied(**nested, tie_word_embeddings=None) == {
+        "text_config": {"tie_word_embeddings": False},
+        "tie_word_embeddings": False,
+    }
+
+
+@pytest.mark.parametrize(("key", "ties"), [("text_config", True), ("decoder", True), ("vision_config", False)])
+def test_a_nested_text_config_that_does_not_say_follows_its_family(key: str, ties: bool) -> None:
+    assert parse(model_type="llava", **{key: {"model_type": "gemma"}}).ties_embeddings is ties
+
+
+def test_what_is_stated_anywhere_wins_over_nested_families() -> None:
+    assert not parse(tie_word_embeddings=False, text_config={"model_type": "gemma"}).ties_embeddings
+
+
+def test_text_configs_are_found_by_their_keys_outer_ones_first() -> None:
+    config = parse(thinker_config={"text_config": {"a": 1}, "audio_config": {"text_config": {}}}, text_config=[1])
+    assert [path for path, _ in config.text_sides()] == [(), ("thinker_config",), ("thinker_config", "text_config")]
+
+
 def test_undoing_a_tie_keeps_earlier_edits() -> None:
     config = parse(dtype="float16", tie_word_embeddings=True)
     edited = json.loads(with_untied_embeddings(config, with_dtype(config, "float32")))

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawmerge.side_files import MAX_NESTED_WEIGHT_BYTES, left_out_reason, list_side_files
+from rawmerge import side_files
+from rawmerge.errors import AdapterError, MissingFileError
+from rawmerge.side_files import (
+    MAX_NESTED_WEIGHT_BYTES,
+    SideFile,
+    differing_tokenizer_files,
+    left_out_reason,
+    list_side_files,
+    list_tokenizer_files,
+    override_side_files,
+)
 from tests.strategies import SETTINGS
 
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
@@ -214,3 +227,184 @@ def test_a_walk_and_a_listing_by_name_agree(tmp_path: Path, parents: list[str], 
     make(root, path)
     assert copied(root) == (set() if left_out_reason(path, len(path)) else {path})
     assert bool(copied(root)) != bool(left_out(root))
+
+
+# An adapter's tokenizer
+
+TEMPLATES = ["chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"]
+VOCABULARIES = [
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "qwen.tiktoken",
+    "tekken.json",
+]
+
+
+def write(root: Path, **files: str) -> Path:
+    """Write files; a `__` in a name stands for its dot."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (root / name.replace("__", ".")).write_text(text)
+    return root
+
+
+def overridden(base: Path, adapter: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the text of each side file of the output, and what is left out."""
+    kept, gone = override_side_files(list_side_files(base, ())[0], list_tokenizer_files(adapter))
+    assert [file.name for file in kept] == sorted(file.name for file in kept)
+    return {file.name: Path(file.path).read_text() for file in kept}, {item.name: item.reason for item in gone}
+
+
+def test_an_adapter_s_tokenizer_is_its_tokenizer_files_and_templates(tmp_path: Path) -> None:
+    expected = {*TOKENIZER, *TEMPLATES, *VOCABULARIES, "added_tokens.json"}
+    others = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "tokenization_qwen.py",
+        "trainer_state.json",
+    ]
+    processors = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "config.json"]
+    deeper = [
+        "checkpoint-5/tokenizer.json",
+        "additional_chat_templates/notes.md",
+        "additional_chat_templates/a/b.jinja",
+    ]
+    make(tmp_path, *expected, *others, *processors, *deeper)
+    found = list_tokenizer_files(tmp_path)
+    assert [file.name for file in found] == sorted(expected)
+    assert [(Path(file.path).read_text(), file.byte_count) for file in found] == [
+        (file.name, len(file.name)) for file in found
+    ]
+
+
+def test_an_adapter_may_have_no_tokenizer(tmp_path: Path) -> None:
+    make(tmp_path, "adapter_config.json")
+    assert list_tokenizer_files(tmp_path) == ()
+
+
+def test_links_and_pipes_in_an_adapter_are_judged_as_in_a_base(tmp_path: Path) -> None:
+    make(tmp_path, "blobs/0123")
+    (tmp_path / "tokenizer.json").symlink_to("blobs/0123")
+    (tmp_path / "vocab.json").symlink_to("missing")
+    os.mkfifo(tmp_path / "merges.txt")
+    (tmp_path / "spiece.model").mkdir()
+    assert [file.name for file in list_tokenizer_files(tmp_path)] == ["tokenizer.json"]
+
+
+def test_files_that_differ_are_named_whether_by_size_or_by_bytes(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", tokenizer__json="one", vocab__json="same", merges__txt="abc", README__md="x")
+    adapter = write(
+        tmp_path / "adapter", tokenizer__json="other", vocab__json="same", merges__txt="abd", vocab__txt="new"
+    )
+    found = differing_tokenizer_files(list_side_files(base, ())[0], list_tokenizer_files(adapter))
+    assert found == ("merges.txt", "tokenizer.json", "vocab.txt")
+
+
+def test_a_file_that_went_away_is_reported(tmp_path: Path) -> None:
+    gone = SideFile("tokenizer.json", str(tmp_path / "gone"), 3)
+    make(tmp_path, "own")
+    with pytest.raises(MissingFileError, match="gone"):
+        differing_tokenizer_files([SideFile("tokenizer.json", str(tmp_path / "own"), 3)], [gone])
+    with pytest.raises(MissingFileError, match="gone"):
+        override_side_files([], [SideFile("tokenizer_config.json", str(tmp_path / "gone"), 3)])
+
+
+def test_without_files_of_the_adapter_the_base_s_stay(tmp_path: Path) -> None:
+    make(tmp_path / "base", *TOKENIZER, *TEMPLATES, "LICENSE")
+    make(tmp_path / "adapter", "adapter_config.json")
+    kept, gone = overridden(tmp_path / "base", tmp_path / "adapter")
+    assert set(kept) == {*TOKENIZER, *TEMPLATES, "LICENSE"}
+    assert gone == {}
+
+
+def test_an_adapter_s_files_win_and_the_rest_of_the_base_s_tokenizer_goes(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", tokenizer__json="base", vocab__json="base", LICENSE="base", code__py="base")
+    adapter = write(tmp_path / "adapter", tokenizer__json="adapter", tokenizer_config__json="{}")
+    kept, gone = overridden(base, adapter)
+    assert kept == {"LICENSE": "base", "code.py": "base", "tokenizer.json": "adapter", "tokenizer_config.json": "{}"}
+    assert gone == {"vocab.json": "the adapter's tokenizer takes its place"}
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_a_fast_tokenizer_of_the_base_does_not_hide_the_adapter_s(vocabulary: str, tmp_path: Path) -> None:
+    make(tmp_path / "base", *TOKENIZER, "added_tokens.json", "generation_config.json")
+    make(tmp_path / "adapter", vocabulary)
+    kept, gone = overridden(tmp_path / "base", tmp_path / "adapter")
+    assert set(kept) == {vocabulary, "generation_config.json"}
+    assert set(gone) == {*TOKENIZER, "added_tokens.json"}
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_settings_alone_leave_the_base_s_vocabulary_in_place(name: str, tmp_path: Path) -> None:
+    make(tmp_path / "base", *TOKENIZER)
+    write(tmp_path / "adapter", **{name: "{}"})
+    kept, gone = overridden(tmp_path / "base", tmp_path / "adapter")
+    assert set(kept) == {*TOKENIZER, name}
+    assert (kept[name], gone) == ("{}", {})
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_of_the_adapter_takes_the_place_of_all_of_the_base_s(template: str, tmp_path: Path) -> None:
+    make(tmp_path / "base", *TEMPLATES, "tokenizer.json")
+    make(tmp_path / "adapter", template)
+    kept, gone = overridden(tmp_path / "base", tmp_path / "adapter")
+    assert set(kept) == {template, "tokenizer.json"}
+    assert gone == dict.fromkeys(set(TEMPLATES) - {template}, "the adapter's chat template takes its place")
+
+
+@pytest.mark.parametrize("template", ["{{ a }}", [{"name": "default", "template": "{{ a }}"}]], ids=str)
+def test_a_template_in_the_adapter_s_config_does_so_too(template: Any, tmp_path: Path) -> None:
+    make(tmp_path / "base", *TEMPLATES)
+    write(tmp_path / "adapter", tokenizer_config__json=json.dumps({"chat_template": template}))
+    kept, gone = overridden(tmp_path / "base", tmp_path / "adapter")
+    assert set(kept) == {"tokenizer_config.json"}
+    assert set(gone) == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"chat_template": null}', '{"chat_template": ""}'])
+def test_a_config_without_a_template_leaves_the_base_s(text: str, tmp_path: Path) -> None:
+    make(tmp_path / "base", *TEMPLATES)
+    write(tmp_path / "adapter", tokenizer_config__json=text)
+    assert set(overridden(tmp_path / "base", tmp_path / "adapter")[0]) == {*TEMPLATES, "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1, "a": 2}'])
+def test_a_broken_config_of_the_adapter_is_refused(text: str, tmp_path: Path) -> None:
+    write(tmp_path, tokenizer_config__json=text)
+    with pytest.raises(AdapterError, match=r"tokenizer_config\.json': expected a tokenizer config of strict JSON"):
+        override_side_files([], list_tokenizer_files(tmp_path))
+
+
+def test_a_huge_config_of_the_adapter_is_refused_unread(tmp_path: Path) -> None:
+    huge = SideFile("tokenizer_config.json", str(tmp_path / "none"), side_files.MAX_TOKENIZER_CONFIG_BYTES + 1)
+    with pytest.raises(AdapterError, match="at most 67108864 bytes, found 67108865 bytes"):
+        override_side_files([], [huge])
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["file", "config"])
+def test_transformers_loads_the_adapter_s_tokens_and_template(form: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "output"
+    for folder, words in ((base, ["a"]), (adapter, ["a", "b", "c"])):
+        model = tokenizers.models.WordLevel({word: index for index, word in enumerate(["[UNK]", *words])}, "[UNK]")
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), unk_token="[UNK]")
+        fast.chat_template = f"template of the {folder.name}"
+        fast.save_pretrained(folder)
+    (base / "added_tokens.json").write_text('{"d": 2}')
+    if form == "config":  # as transformers below 4.50 saved it
+        fields = json.loads((adapter / "tokenizer_config.json").read_text())
+        template = (adapter / "chat_template.jinja").read_text()
+        (adapter / "tokenizer_config.json").write_text(json.dumps({**fields, "chat_template": template}))
+        (adapter / "chat_template.jinja").unlink()
+    output.mkdir()
+    for file in override_side_files(list_side_files(base, ())[0], list_tokenizer_files(adapter))[0]:
+        shutil.copy(file.path, output / file.name)
+    loaded = transformers.AutoTokenizer.from_pretrained(output)
+    assert loaded.get_vocab() == {"[UNK]": 0, "a": 1, "b": 2, "c": 3}
+    assert loaded.chat_template == "template of the adapter"

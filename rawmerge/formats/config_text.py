@@ -43,12 +43,31 @@ def replace_values(text: str, edits: Mapping[tuple[str, ...], Any]) -> str:
     return "".join([*pieces, text[position:]])
 
 
-def insert_value(text: str, key: str, value: Any) -> str:
-    """Return `text`, a JSON object, with one more member at the end of its top level."""
-    close = text.rindex("}")
-    body = text[:close].rstrip()
+def insert_value(text: str, key: str, value: Any, path: tuple[str, ...] = ()) -> str:
+    """Return `text`, a JSON object, with one more member at the end of one of its objects.
+
+    Args:
+        text: a JSON object.
+        key: the new member's name, which that object must not have.
+        value: the new member's value, laid out as transformers writes it: indented by two spaces a level.
+        path: keys from the top to the object; the top level itself where empty.
+
+    Raises:
+        KeyError: there is no object at `path`.
+    """
+    close = _object_end(text, path) - 1
+    body, indent = text[:close].rstrip(), "  " * len(path)
     comma = "" if body.endswith("{") else ","
-    return f"{body}{comma}\n  {json.dumps(key)}: {json.dumps(value)}\n{text[close:]}"
+    laid_out = json.dumps(value, indent=2).replace("\n", f"\n{indent}  ")
+    return f"{body}{comma}\n{indent}  {json.dumps(key)}: {laid_out}\n{indent}{text[close:]}"
+
+
+def _object_end(text: str, path: tuple[str, ...]) -> int:
+    """Return the position behind the object at `path`."""
+    if not path:
+        return text.rindex("}") + 1
+    ends = {member.path: member.end for member in _members(text) if text[member.start] == "{"}
+    return ends[path]
 
 
 def _members(text: str) -> list[_Member]:

@@ -16,6 +16,16 @@ from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")
 _PLAIN_DTYPES: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 TIE_KEY: Final = "tie_word_embeddings"
+#: Lfm2's checkpoints call it `tie_embedding`, and that name wins.
+_TIE_KEYS: Final = (TIE_KEY, "tie_embedding")
+#: Keys of nested configs that describe the text model, or a part of it; other nested configs see or hear.
+#: Source: transformers 5.23 `PreTrainedConfig.get_text_config`, and names that custom code uses.
+TEXT_KEYS: Final = frozenset(
+    """
+    decoder decoder_config encoder generator language_config language_model llm_config text_config text_encoder
+    text_model thinker_config vlm_config
+    """.split()  # noqa: SIM905  # a list would take a line for each
+)
 
 #: Families whose Linear layers are transformers' Conv1D, stored (in, out): model_type -> last part of module path.
 CONV1D_MODULES: Final = {
@@ -75,9 +85,16 @@ class ModelConfig:
 
     @property
     def ties_embeddings(self) -> bool:
-        """Whether loaders use the input embedding as output projection when the file has no lm_head."""
+        """Whether loaders use the input embedding as output projection when the file has no lm_head.
+
+        Source: transformers 5.23, whose vision-language configs take the tie over from their text config.
+        """
         stated = [is_tied for _, is_tied in _stated_ties(self.fields, ())]
-        return any(stated) if stated else self.model_type in TIED_BY_DEFAULT
+        return any(stated) if stated else any(_ties_unsaid(fields) for _, fields in self.text_sides())
+
+    def text_sides(self) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+        """Yield this config and the nested ones that describe text, outer ones first: path of keys, and fields."""
+        yield from _text_sides(self.fields, ())
 
     @property
     def model_types(self) -> frozenset[str]:
@@ -114,18 +131,45 @@ def with_dtype(config: ModelConfig, torch_name: str) -> str:
 
 
 def with_untied_embeddings(config: ModelConfig, text: str) -> str:
-    """Return `text`, an edited config of this base, with `tie_word_embeddings` false wherever it was true."""
+    """Return `text`, an edited config of this base, in which no class of transformers finds a tie.
+
+    `tie_word_embeddings` becomes false wherever it stands, is inserted at the top, for that is what most classes read,
+    and in each nested text config whose family ties where the file does not say, for some take the tie from there.
+
+    Source: transformers 5.23 `modeling_utils.py` (`get_expanded_tied_weights_keys`, which asks each sub-model's own
+    config) and `models/llava/configuration_llava.py` (which takes the text config's tie over).
+    """
     edited = replace_values(text, dict.fromkeys((path for path, _ in _stated_ties(config.fields, ())), False))
-    return edited if TIE_KEY in config.fields else insert_value(edited, TIE_KEY, False)
+    for path, fields in config.text_sides():
+        if TIE_KEY in fields and fields[TIE_KEY] is None:
+            edited = replace_values(edited, {(*path, TIE_KEY): False})
+        elif TIE_KEY not in fields and (not path or _ties_unsaid(fields)):
+            edited = insert_value(edited, TIE_KEY, False, path)
+    return edited
 
 
 def _stated_ties(fields: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
     """Yield each `tie_word_embeddings` of this config and of those nested in it: its path, and its value."""
     for key, value in fields.items():
-        if key == TIE_KEY and isinstance(value, bool):
+        if key in _TIE_KEYS and isinstance(value, bool):
             yield (*path, key), value
         elif isinstance(value, dict):
             yield from _stated_ties(value, (*path, key))
+
+
+def _ties_unsaid(fields: Mapping[str, Any]) -> bool:
+    """Whether this config's family ties its embeddings where its file does not say."""
+    model_type = fields.get("model_type")
+    return isinstance(model_type, str) and model_type in TIED_BY_DEFAULT
+
+
+def _text_sides(
+    fields: Mapping[str, Any], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    yield path, fields
+    for key, value in fields.items():
+        if key in TEXT_KEYS and isinstance(value, dict):
+            yield from _text_sides(value, (*path, key))
 
 
 def _model_types(fields: Mapping[str, Any]) -> Iterator[str]:
