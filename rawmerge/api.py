@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from rawmerge.hub import resolve_adapter, resolve_base, resolve_either
 from rawmerge.inspection import Inspection, inspect_root
 from rawmerge.jobs import ProgressCallback
-from rawmerge.merge_plan import MergeOptions, MergePlan
+from rawmerge.merge_options import MergeOptions
+from rawmerge.merge_plan import MergePlan
 from rawmerge.plan import make_plan
 from rawmerge.run import MergeSummary, run_plan
 
@@ -20,6 +20,10 @@ def plan_merge(
     *,
     compute_dtype: str = "float32",
     dtype: str | None = None,
+    vocab: str | None = None,
+    tokenizer: str = "base",
+    moe_lora_b_layout: str | None = None,
+    force: bool = False,
 ) -> MergePlan:
     """Decide a merge from headers and configs; nothing is written.
 
@@ -29,15 +33,29 @@ def plan_merge(
         compute_dtype: `float32` is bit-equal to PEFT's default merge on CPU; `float64` gives the same bytes on
             every machine.
         dtype: `float32`, `bfloat16` or `float16` for all float tensors of the output; None keeps each tensor's own.
+        vocab: `overlay` writes the rows of an adapter's smaller vocabulary over the first rows of the base's;
+            None refuses such an adapter.
+        tokenizer: whose tokenizer and chat template files the output gets, the `base`'s or the `adapter`'s.
+        moe_lora_b_layout: how the columns of lora_B on fused experts are ordered, `rank_major` (PEFT) or
+            `grouped_by_expert` (Unsloth until September 2026); None goes by the adapter's own marker, else PEFT's.
+        force: merge although the adapter names another base, its stored embeddings are not the base's, or the base
+            already holds this adapter.
 
     Raises:
         RefusedError: with every reason against the merge in `.problems`.
         ValueError: an option is none of its choices.
     """
-    options = MergeOptions(compute_dtype=compute_dtype, output_dtype=dtype or "")
+    options = MergeOptions(
+        compute_dtype=compute_dtype,
+        output_dtype=dtype or "",
+        vocab=vocab or "",
+        tokenizer=tokenizer,
+        moe_lora_b_layout=moe_lora_b_layout or "",
+        force=force,
+    )
     base_source, adapter_source = resolve_base(base), resolve_adapter(adapter)
-    plan = make_plan(base_source.path, adapter_source.path, options)
-    return replace(plan, base_repo=base_source.pinned, adapter_repo=adapter_source.pinned)
+    repos = {"base_repo": base_source.pinned, "adapter_repo": adapter_source.pinned}
+    return make_plan(base_source.path, adapter_source.path, options, **repos)
 
 
 def merge_adapter(
@@ -47,6 +65,10 @@ def merge_adapter(
     *,
     compute_dtype: str = "float32",
     dtype: str | None = None,
+    vocab: str | None = None,
+    tokenizer: str = "base",
+    moe_lora_b_layout: str | None = None,
+    force: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     progress: ProgressCallback | None = None,
@@ -58,7 +80,11 @@ def merge_adapter(
         adapter: see `plan_merge`.
         output: directory to make.
         compute_dtype: see `plan_merge`.
-        dtype: see `plan_merge`.
+        dtype: see `plan_merge`, as for `vocab`, `tokenizer`, `moe_lora_b_layout` and `force`.
+        vocab: see `plan_merge`.
+        tokenizer: see `plan_merge`.
+        moe_lora_b_layout: see `plan_merge`.
+        force: see `plan_merge`.
         overwrite: replace a checkpoint that stands at `output`, once the new one is complete.
         threads: how many threads work; changes no bit of the output.
         progress: called as bytes are finished; an exception from it cancels the merge and leaves nothing behind.
@@ -68,7 +94,16 @@ def merge_adapter(
         MergeError: writing failed; nothing was published and nothing is left.
         ValueError: an option is none of its choices.
     """
-    plan = plan_merge(base, adapter, compute_dtype=compute_dtype, dtype=dtype)
+    plan = plan_merge(
+        base,
+        adapter,
+        compute_dtype=compute_dtype,
+        dtype=dtype,
+        vocab=vocab,
+        tokenizer=tokenizer,
+        moe_lora_b_layout=moe_lora_b_layout,
+        force=force,
+    )
     return run_plan(plan, Path(output), overwrite=overwrite, threads=threads, progress=progress)
 
 

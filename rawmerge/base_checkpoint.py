@@ -27,12 +27,21 @@ _NOT_BASE: Final = re.compile(r"(adapter_|consolidated)")
 
 
 @dataclass(frozen=True, slots=True)
+class ShardContents:
+    """The tensors of one shard, in the order in which they are written again."""
+
+    shard: ShardFile
+    tensors: tuple[tuple[str, TensorSource], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseCheckpoint:
     """The base, as its headers and configs describe it.
 
     Attributes:
         root: the directory, or the file where the base is a single file.
         shards: the shards that count, in the order of their names.
+        contents: each shard's tensors.
         tensors: tensor name to its bytes.
         weight_map: the index, None where the base has none.
         index_text: the index's text as it stands, an empty string where the base has none.
@@ -41,6 +50,7 @@ class BaseCheckpoint:
 
     root: Path
     shards: tuple[ShardFile, ...]
+    contents: tuple[ShardContents, ...]
     tensors: Mapping[str, TensorSource]
     weight_map: WeightMap | None
     index_text: str
@@ -71,7 +81,8 @@ def read_base(root: Path) -> BaseCheckpoint:
         _check_index(weight_map, shards)
     tensors = _gather_tensors(shards)
     config = _read_config(directory / CONFIG_NAME)
-    return BaseCheckpoint(root, shards, tensors, weight_map, index_raw.decode(), config)
+    contents = tuple(ShardContents(shard, tuple(shard.sources())) for shard in shards)
+    return BaseCheckpoint(root, shards, contents, tensors, weight_map, index_raw.decode(), config)
 
 
 def _unindexed_shards(root: Path) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import click
 import rawmerge
 from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
 from rawmerge.errors import RawmergeError
+from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS
 
 REFUSED = 3
 INTERRUPTED = 130
@@ -88,6 +89,35 @@ _COMPUTE = click.option(
 )
 
 
+_VOCAB = click.option(
+    "--vocab",
+    type=click.Choice([OVERLAY]),
+    help="Write a smaller vocabulary over the first rows of the base's.  [default: refuse it]",
+)
+_TOKENIZER = click.option(
+    "--tokenizer",
+    type=click.Choice(TOKENIZERS),
+    default="base",
+    show_default=True,
+    help="Whose tokenizer and chat template the output gets.",
+)
+_LAYOUT = click.option(
+    "--moe-lora-b-layout",
+    type=click.Choice(LAYOUTS),
+    help="Order of lora_B's columns on fused experts.  [default: the adapter's marker, else rank_major, as PEFT]",
+)
+_FORCE = click.option(
+    "--force", is_flag=True, help="Merge although the base seems to be another one, or holds the adapter already."
+)
+
+
+def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that decide the output's bytes."""
+    for option in reversed((_DTYPE, _COMPUTE, _VOCAB, _TOKENIZER, _LAYOUT, _FORCE)):
+        command = option(command)
+    return command
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rawmerge.__version__, prog_name="rawmerge")
 def cli() -> None:
@@ -104,8 +134,7 @@ def cli() -> None:
 @_BASE
 @_ADAPTER
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory to make.")
-@_DTYPE
-@_COMPUTE
+@_plan_options
 @click.option("--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 4]")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the output.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
@@ -114,12 +143,11 @@ def merge(
     base: str,
     adapter: str,
     output: Path,
-    dtype: str | None,
-    compute_dtype: str,
     threads: int | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Merge ADAPTER into BASE and write the result to a new directory.
 
@@ -128,7 +156,7 @@ def merge(
     from rawmerge.report import left_out_lines, plan_text, summary_json, summary_text
     from rawmerge.run import check_target
 
-    plan = rawmerge.plan_merge(base, adapter, compute_dtype=compute_dtype, dtype=dtype)
+    plan = rawmerge.plan_merge(base, adapter, **options)
     if dry_run:
         check_target(plan, output, overwrite=overwrite)
         _say(rawmerge.format_plan(plan) if as_json else plan_text(plan))
@@ -144,14 +172,13 @@ def merge(
 @cli.command()
 @_BASE
 @_ADAPTER
-@_DTYPE
-@_COMPUTE
+@_plan_options
 @_JSON
-def plan(base: str, adapter: str, dtype: str | None, compute_dtype: str, as_json: bool) -> None:
+def plan(base: str, adapter: str, as_json: bool, **options: Any) -> None:
     """Tell what a merge would do, from headers and configs alone."""
     from rawmerge.report import plan_text
 
-    made = rawmerge.plan_merge(base, adapter, compute_dtype=compute_dtype, dtype=dtype)
+    made = rawmerge.plan_merge(base, adapter, **options)
     _say(rawmerge.format_plan(made) if as_json else plan_text(made))
 
 

@@ -9,18 +9,22 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from rawmerge.jobs import Job, ProgressCallback, RunningJobs, ShardInWork
-from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step, UpdateTensor
+from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step, UpdateTensor, matrix_of
 from rawmerge.shard_writer import OutputFile
+from rawmerge.shared_tensors import SharedTensors, count_uses
 from rawmerge.tensor_source import OpenFiles, TensorSource
-from rawmerge.tiles import TILE_ELEMENTS, matrix_shape, tile_rows
+from rawmerge.tiles import TILE_ELEMENTS
 
 if TYPE_CHECKING:
+    import torch
+
     from rawmerge.blas_threads import BlasThreads
     from rawmerge.tile_computer import TensorComputer, TileScratch
 
@@ -49,6 +53,7 @@ class Engine:
         self._total_bytes = total_bytes
         self._tile_elements = tile_elements
         self._files = OpenFiles()
+        self._shared: SharedTensors[torch.Tensor] = SharedTensors(Counter())
         self._local = threading.local()
         self._lock = threading.Lock()
         self._blas_threads: BlasThreads | None = None
@@ -70,6 +75,7 @@ class Engine:
             try:
                 # what is copied goes first, of all shards, so that nothing waits for torch that does not need it
                 begun = [self._begin(plan, file, running, workers) for plan, file in shards]
+                self._shared = SharedTensors(count_uses(shard.plan for shard in begun))
                 for shard in begun:
                     for step in shard.plan.steps:
                         if not _is_copied(step):
@@ -109,11 +115,11 @@ class Engine:
 
     def _tile_jobs(self, step: Step, plan: ShardPlan, file: OutputFile) -> Iterator[Job]:
         assert not isinstance(step, KeepTensor)
-        rows, columns = matrix_shape(step.source.shape)
+        matrix = matrix_of(step)
         tensor = _Computed(self, step)
-        row_bytes = step.entry.byte_count // rows if rows else 0
+        row_bytes = step.entry.byte_count // matrix.rows if matrix.rows else 0
         target = plan.data_start + step.entry.start
-        for first, count in tile_rows(rows, columns, self._tile_elements):
+        for first, count in matrix.tiles(self._tile_elements):
             call = self._tile(tensor, file, first, count, target + first * row_bytes)
             yield Job(call, count * row_bytes, step.entry.name)
 
@@ -131,7 +137,7 @@ class Engine:
         """Return a computer for `step`."""
         from rawmerge.tile_computer import TensorComputer
 
-        return TensorComputer(step, self._files, self._blas(), self._compute_dtype)
+        return TensorComputer(step, self._files, self._shared, self._blas(), self._compute_dtype)
 
     def _scratch(self) -> TileScratch:
         """Return the calling thread's buffers."""

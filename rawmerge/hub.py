@@ -19,7 +19,7 @@ from rawmerge.base_checkpoint import SINGLE_NAME
 from rawmerge.errors import HubError, MissingFileError, Problem, quote
 from rawmerge.formats import adapter_config, config_text
 from rawmerge.formats.weight_map import INDEX_NAME, MAX_INDEX_BYTES, SHARD_SUFFIX, parse_weight_map
-from rawmerge.side_files import left_out_reason
+from rawmerge.side_files import is_of_tokenizer, left_out_reason
 from rawmerge.tensor_source import read_small_file
 
 DEFAULT_REVISION: Final = "main"
@@ -87,7 +87,7 @@ def resolve_base(spec: str | os.PathLike[str]) -> ResolvedSource:
 
 
 def resolve_adapter(spec: str | os.PathLike[str]) -> ResolvedSource:
-    """Return the adapter's local files; of a repo, the config and the safetensors file are fetched.
+    """Return the adapter's local files; of a repo, the config, the safetensors file and the tokenizer are fetched.
 
     Raises:
         MissingFileError: a local path does not exist.
@@ -175,7 +175,9 @@ def _fetch_adapter(repo: _Repo) -> Path:
         hint = f"{adapter.PICKLE_NAME} is a pickle, which is not read; save it with safe_serialization=True"
     _require(repo, needed, hint)
     root = _record_revision(repo, needed[0])
-    _download(repo, needed[1])
+    # a plan says where the adapter's tokenizer differs from the base's
+    for name in (*filter(is_of_tokenizer, repo.byte_counts), needed[1]):
+        _download(repo, name)
     return root
 
 

@@ -13,8 +13,8 @@ from rawmerge.base_checkpoint import read_base
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import Problem, RefusedError
 from rawmerge.formats.adapter_config import CONFIG_NAME
-from rawmerge.formats.adapter_names import parse_adapter_name
-from rawmerge.matching import foreign_problem
+from rawmerge.formats.adapter_names import PAIR_ROLES, parse_adapter_names
+from rawmerge.matching.matcher import foreign_problem
 from rawmerge.tensor_source import TensorSource
 
 
@@ -52,8 +52,8 @@ def _inspect_adapter(root: Path) -> Inspection:
         adapter = read_adapter(root)
     except RefusedError as error:
         return Inspection("adapter", str(root), {}, error.problems)
-    names = [parse_adapter_name(name) for name in adapter.tensors]
-    pairs = {name.module_path for name in names if name.role not in {"stored", "foreign"}}
+    names = parse_adapter_names(adapter.tensors)
+    pairs = {name.module_path for name in names if name.role in PAIR_ROLES}
     scalings = sorted(adapter.config.scaling_of(path) for path in pairs)
     facts: dict[str, str | int | float | list[str]] = {
         "type": "LORA with rsLoRA scaling" if adapter.config.use_rslora else "LORA",
@@ -61,7 +61,9 @@ def _inspect_adapter(root: Path) -> Inspection:
         "scaling": " to ".join(f"{scaling:g}" for scaling in sorted({*scalings[:1], *scalings[-1:]})),
         "modules": len(pairs),
         "module names": sorted({path.rpartition(".")[2] for path in pairs}),
-        "replaced tensors": [name.target for name in names if name.role == "stored"],
+        "bare parameters": list(adapter.config.target_parameters),
+        "stored tensors": [name.target for name in names if name.role in {"stored", "stored_base", "saved_copy"}],
+        "trained rows of": [name.target for name in names if name.role == "token_rows"],
         "trained on": adapter.config.base_model_name,
         **_tensor_facts(adapter.tensors),
     }

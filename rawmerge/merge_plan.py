@@ -5,15 +5,41 @@ A plan is made from headers and configs alone, can be printed, saved as JSON, co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
+from math import prod
 from typing import TypeAlias
 
 from rawmerge.formats.shard_header import LENGTH_PREFIX, TensorEntry
+from rawmerge.merge_options import MergeOptions
+from rawmerge.methods.interface import Setting as Setting  # others take it from here
 from rawmerge.side_files import LeftOut, SideFile
 from rawmerge.tensor_source import TensorSource
+from rawmerge.tiles import Matrix, Stretch, elementwise_shape, matrix_shape
 
-Setting: TypeAlias = bool | int | float | str
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The part of a tensor that an update changes, in the tensor's matrix view, and where its delta begins.
+
+    Attributes:
+        row: first row; row_count: how many.
+        delta_row: which row of the delta goes to the first of them.
+        column: first column; column_step: distance between columns; column_count: how many, -1 for all to the end.
+    """
+
+    row: int
+    row_count: int
+    delta_row: int = 0
+    column: int = 0
+    column_step: int = 1
+    column_count: int = -1
+
+    def columns(self, count: int) -> slice:
+        """Return which of a matrix's `count` columns are changed."""
+        stop = count if self.column_count < 0 else min(count, self.column + self.column_count * self.column_step)
+        return slice(self.column, stop, self.column_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +50,13 @@ class Update:
         kind: a key of `rawmerge.methods.METHODS`.
         tensors: role to the adapter tensor that plays it.
         settings: the method's own numbers and switches.
+        window: the part that it changes, None for the whole tensor.
     """
 
     kind: str
     tensors: Mapping[str, TensorSource]
     settings: Mapping[str, Setting]
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +78,20 @@ class UpdateTensor:
         source: its values before the updates: the base's, or stored whole by the adapter.
         base_dtype: the base's dtype of this tensor, which a source from the adapter need not share.
         updates: what is applied, in order.
+        columns: columns of the matrix view in which it is cut and updated, 0 for the usual view: its first dimension
+            by all others.
+        cuts: rows of that view at which a product begins, beside those at which a window does.
+        overlay: rows that stand in place of the source's first, such as a vocabulary smaller than the base's padded
+            one; of any float dtype.
     """
 
     entry: TensorEntry
     source: TensorSource
     base_dtype: str
     updates: tuple[Update, ...]
+    columns: int = 0
+    cuts: tuple[int, ...] = ()
+    overlay: TensorSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +101,31 @@ class ReplaceTensor:
     Attributes:
         entry: the tensor in the output.
         source: the adapter's tensor.
-        base: the base's, which is not used.
+        base: the base's, which is not used; None for a tensor that the base lacks.
     """
 
     entry: TensorEntry
     source: TensorSource
-    base: TensorSource
+    base: TensorSource | None
+
+
+def matrix_of(step: UpdateTensor | ReplaceTensor) -> Matrix:
+    """Return the matrix view in which a tensor is computed, cut where products begin and end."""
+    shape = step.source.shape
+    if isinstance(step, ReplaceTensor) or not step.updates:
+        rows, columns = elementwise_shape(shape)
+        return Matrix(rows, columns, tuple(_stretches(rows, columns, (), ())))
+    rows, columns = (prod(shape) // step.columns, step.columns) if step.columns else matrix_shape(shape)
+    windows = [update.window or Window(0, rows) for update in step.updates]
+    return Matrix(rows, columns, tuple(_stretches(rows, columns, windows, step.cuts)))
+
+
+def _stretches(rows: int, columns: int, windows: Sequence[Window], cuts: Iterable[int]) -> Iterator[Stretch]:
+    edges = chain(cuts, *((window.row, window.row + window.row_count) for window in windows))
+    for start, stop in pairwise(sorted({0, rows, *(edge for edge in edges if 0 < edge < rows)})):
+        updates = [place for place, at in enumerate(windows) if at.row < stop and start < at.row + at.row_count]
+        widths = (len(range(columns)[windows[place].columns(columns)]) for place in updates)
+        yield Stretch(start, stop - start, min(widths, default=columns), tuple(updates))
 
 
 Step: TypeAlias = KeepTensor | UpdateTensor | ReplaceTensor
@@ -121,25 +176,22 @@ class WrittenFile:
 
 
 @dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """The choices that decide the output's bytes.
+class AdapterUse:
+    """What became of one adapter tensor.
 
     Attributes:
-        compute_dtype: `float32` (bit-equal to PEFT) or `float64` (the same bytes on every machine).
-        output_dtype: `float32`, `bfloat16` or `float16` for all float tensors; empty to keep each tensor's own.
+        name: the tensor in the adapter's file.
+        use: `updates`, `replaces` or `adds` an output tensor, or `ignored`.
+        tensor_name: the output tensor; where there are several, their names with `*` for numbers.
+        count: how many output tensors.
+        reason: why it is ignored, else empty.
     """
-
-    compute_dtype: str = "float32"
-    output_dtype: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterUse:
-    """What became of one adapter tensor: `updates` or `replaces` the named output tensor."""
 
     name: str
     use: str
     tensor_name: str
+    count: int = 1
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +210,7 @@ class MergePlan:
         side_files: files copied from the base; left_out: files that are not, with the reasons.
         adapter_uses: every adapter tensor and what became of it.
         notes: what a user may want to know; never a lost delta.
+        history: SHA-256 of the files of adapters that the base held already.
     """
 
     options: MergeOptions
@@ -175,6 +228,7 @@ class MergePlan:
     left_out: tuple[LeftOut, ...]
     adapter_uses: tuple[AdapterUse, ...]
     notes: tuple[str, ...]
+    history: tuple[str, ...] = ()
 
     def steps(self) -> Iterator[Step]:
         """Yield every step, in the order in which tensors are written."""

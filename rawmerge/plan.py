@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Final
+from pathlib import Path
 
 from rawmerge.adapter import Adapter, read_adapter
-from rawmerge.base_checkpoint import SINGLE_NAME, BaseCheckpoint, read_base
+from rawmerge.base_checkpoint import SINGLE_NAME, BaseCheckpoint, ShardContents, read_base
 from rawmerge.dtypes import COMPUTE_DTYPES, DTYPES, OUTPUT_DTYPES
-from rawmerge.errors import ProblemCollector, quote
+from rawmerge.errors import ProblemCollector
 from rawmerge.formats.config_text import CONFIG_NAME
-from rawmerge.formats.model_config import with_dtype, with_untied_embeddings
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
 from rawmerge.formats.weight_map import INDEX_NAME, WeightMap, format_weight_map
-from rawmerge.matching import Matches, match_adapter
+from rawmerge.identity import RECORD_NAME, check_identity, merged_adapters, read_record
+from rawmerge.layer_replication import layer_order, replicate_layers
+from rawmerge.matching.ledger import Addition
+from rawmerge.matching.matcher import Matches, match_adapter
+from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS, MergeOptions
 from rawmerge.merge_plan import (
     InputFile,
     KeepTensor,
-    MergeOptions,
     MergePlan,
     ReplaceTensor,
     ShardPlan,
@@ -28,20 +31,33 @@ from rawmerge.merge_plan import (
     UpdateTensor,
     WrittenFile,
 )
-from rawmerge.side_files import LeftOut, SideFile, list_side_files
+from rawmerge.output_config import OutputConfig
+from rawmerge.side_files import (
+    LeftOut,
+    SideFile,
+    differing_tokenizer_files,
+    list_side_files,
+    list_tokenizer_files,
+    loses_template,
+    override_side_files,
+)
 from rawmerge.tensor_source import ShardFile, TensorSource
-from rawmerge.tied_embeddings import OUTPUT_EMBEDDING, find_untied
-
-RECORD_NAME: Final = "rawmerge.json"
 
 
-def make_plan(base_root: Path, adapter_root: Path, options: MergeOptions) -> MergePlan:
-    """Return the plan of merging the adapter into the base; no tensor is read, nothing is written.
+def make_plan(
+    base_root: Path, adapter_root: Path, options: MergeOptions, *, base_repo: str = "", adapter_repo: str = ""
+) -> MergePlan:
+    """Return the plan of merging the adapter into the base; nothing is written.
+
+    No tensor is read, but for the few that decide whether two copies are equal, and whether the base is the one that
+    the adapter was trained on.
 
     Args:
         base_root: directory or safetensors file of the base.
         adapter_root: directory or safetensors file of the adapter.
-        options: compute dtype and output dtype.
+        options: the choices that decide the output's bytes.
+        base_repo: `org/name@commit` of a base from the hub, else empty.
+        adapter_repo: the same of the adapter.
 
     Raises:
         RefusedError: all reasons against the merge at once; the class is the reasons' own where they share one.
@@ -54,28 +70,42 @@ def make_plan(base_root: Path, adapter_root: Path, options: MergeOptions) -> Mer
     with problems.absorb():
         adapter = read_adapter(adapter_root.absolute())
     problems.raise_if_any()
-    matches = match_adapter(base, adapter)
-    return _Planner(base, adapter, matches, options).plan()
+    order = layer_order(adapter.config.layer_replication)
+    notes = check_identity(base, adapter, base_repo, is_forced=options.force)
+    base = replicate_layers(base, order) if order else base
+    matches = match_adapter(base, adapter, options)
+    config = OutputConfig(base, matches)
+    config.edit(options.output_dtype, order)
+    plan = _Planner(base, adapter, matches, options, config).plan([*notes, *config.notes])
+    return replace(plan, base_repo=base_repo, adapter_repo=adapter_repo)
 
 
 def _check_options(options: MergeOptions) -> None:
-    if options.compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype must be one of {COMPUTE_DTYPES}, not {options.compute_dtype!r}")
-    if options.output_dtype and options.output_dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"dtype must be one of {tuple(OUTPUT_DTYPES)}, not {options.output_dtype!r}")
+    choices = {
+        "compute_dtype": COMPUTE_DTYPES,
+        "dtype": ("", *OUTPUT_DTYPES),
+        "vocab": ("", OVERLAY),
+        "tokenizer": TOKENIZERS,
+        "moe_lora_b_layout": ("", *LAYOUTS),
+    }
+    stated = {**dataclasses.asdict(options), "dtype": options.output_dtype}
+    for name, allowed in choices.items():
+        if stated[name] not in allowed:
+            raise ValueError(f"{name} must be one of {tuple(filter(None, allowed))}, not {stated[name]!r}")
 
 
 class _Planner:
-    def __init__(self, base: BaseCheckpoint, adapter: Adapter, matches: Matches, options: MergeOptions) -> None:
+    def __init__(
+        self, base: BaseCheckpoint, adapter: Adapter, matches: Matches, options: MergeOptions, config: OutputConfig
+    ) -> None:
         self.base = base
         self.adapter = adapter
         self.matches = matches
         self.options = options
-        changed = matches.updates.keys() | matches.replacements.keys()
-        self.untied = find_untied(base.config, base.tensors, changed, matches.embeddings)
+        self.config = config
 
-    def plan(self) -> MergePlan:
-        shards = tuple(self._plan_shard(shard) for shard in self.base.shards)
+    def plan(self, notes: Iterable[str]) -> MergePlan:
+        shards = tuple(self._plan_shard(contents) for contents in self.base.contents)
         written = tuple(self._written_files(shards))
         side_files, left_out = self._side_files(shards, written)
         return MergePlan(
@@ -93,34 +123,65 @@ class _Planner:
             side_files=side_files,
             left_out=left_out,
             adapter_uses=self.matches.uses,
-            notes=tuple(self._notes()),
+            notes=(*notes, *self._notes()),
+            history=tuple(sorted(merged_adapters(read_record(self.base.root).fields))),
         )
 
-    def _plan_shard(self, shard: ShardFile) -> ShardPlan:
-        steps = [self._plan_step(name, source) for name, source in shard.sources()]
-        steps.extend(self._untied_steps(shard))
+    def _plan_shard(self, contents: ShardContents) -> ShardPlan:
+        steps = [self._plan_step(name, source) for name, source in contents.tensors]
+        steps.extend(self._added_steps(contents))
         placed = tuple(_place(steps))
         entries = tuple(step.entry for step in placed)
-        if entries == shard.header.entries:
-            return ShardPlan(shard.path.name, shard.header.text, placed)
-        return ShardPlan(shard.path.name, format_shard_header(entries, shard.header.metadata), placed)
+        header, name = contents.shard.header, contents.shard.path.name
+        if entries == header.entries:
+            return ShardPlan(name, header.text, placed)
+        return ShardPlan(name, format_shard_header(entries, header.metadata), placed)
 
     def _plan_step(self, name: str, source: TensorSource) -> Step:
-        entry = TensorEntry(name, self._output_dtype(source.dtype), source.shape, 0, 0)
-        replacement = self.matches.replacements.get(name)
-        updates = self.matches.updates.get(name, ())
-        if updates:
-            return UpdateTensor(entry, replacement or source, source.dtype, updates)
+        replacement, overlay = self.matches.replacements.get(name), self.matches.overlays.get(name)
+        before = replacement or source
+        entry = TensorEntry(name, self._output_dtype(source.dtype), before.shape, 0, 0)
+        if overlay or name in self.matches.updates:
+            return self._update_step(entry, before, source.dtype)
         if replacement:
             return ReplaceTensor(entry, replacement, source)
         return _keep_or_cast(entry, source)
 
-    def _untied_steps(self, shard: ShardFile) -> Iterator[Step]:
-        """Yield the output embedding that was tied to a changed input embedding, as the base has it."""
-        source = self.base.tensors[self.untied] if self.untied else None
-        if source and source.path == str(shard.path) and OUTPUT_EMBEDDING not in self.base.tensors:
-            entry = TensorEntry(OUTPUT_EMBEDDING, self._output_dtype(source.dtype), source.shape, 0, 0)
-            yield _keep_or_cast(entry, source)
+    def _update_step(self, entry: TensorEntry, source: TensorSource, base_dtype: str) -> UpdateTensor:
+        name = entry.name
+        return UpdateTensor(
+            entry,
+            source,
+            base_dtype,
+            self.matches.updates.get(name, ()),
+            columns=self.matches.columns.get(name, 0),
+            cuts=self.matches.cuts.get(name, ()),
+            overlay=self.matches.overlays.get(name),
+        )
+
+    def _added_steps(self, contents: ShardContents) -> Iterator[Step]:
+        """Yield the steps of tensors that the base lacks and this shard takes."""
+        is_last = contents is self.base.contents[-1]
+        own = {name for name, _ in contents.tensors}
+        for name, addition in self.matches.additions.items():
+            if addition.beside in own or (not addition.beside and is_last):
+                yield self._added_step(name, addition)
+
+    def _added_step(self, name: str, addition: Addition) -> Step:
+        source = addition.source
+        stored = self.base.tensors[addition.like].dtype if addition.like else self._usual_dtype(source.dtype)
+        entry = TensorEntry(name, self._output_dtype(stored), source.shape, 0, 0)
+        if name in self.matches.updates:
+            return self._update_step(entry, source, stored)
+        if source.path == str(self.adapter.weights.path):
+            return ReplaceTensor(entry, source, None)
+        return _keep_or_cast(entry, source)
+
+    def _usual_dtype(self, stored: str) -> str:
+        """Return the dtype that most of the base's float tensors have; tensors of other kinds keep theirs."""
+        floats = [source.dtype for source in self.base.tensors.values() if DTYPES[source.dtype].is_mergeable]
+        usual = Counter(floats).most_common(1)
+        return usual[0][0] if usual and DTYPES[stored].is_mergeable else stored
 
     def _output_dtype(self, stored: str) -> str:
         asked = OUTPUT_DTYPES.get(self.options.output_dtype, stored)
@@ -129,11 +190,8 @@ class _Planner:
     def _written_files(self, shards: tuple[ShardPlan, ...]) -> Iterator[WrittenFile]:
         if not self.base.is_directory:
             return
-        config = self.base.config
-        text = with_dtype(config, self.options.output_dtype) if self.options.output_dtype else config.text
-        text = with_untied_embeddings(config, text) if self.untied else text
-        if text != config.text:
-            yield WrittenFile(CONFIG_NAME, text)
+        if self.config.text != self.base.config.text:
+            yield WrittenFile(CONFIG_NAME, self.config.text)
         if self.base.weight_map or len(shards) > 1:
             yield WrittenFile(INDEX_NAME, self._index_text(shards))
 
@@ -150,20 +208,28 @@ class _Planner:
         if not self.base.is_directory:
             return (), ()
         own = {shard.name for shard in shards} | {file.name for file in written} | {INDEX_NAME, RECORD_NAME}
-        return list_side_files(self.base.root, own)
+        kept, left_out = list_side_files(self.base.root, own)
+        if self.options.tokenizer != "adapter":
+            return kept, left_out
+        chosen, gone = override_side_files(kept, list_tokenizer_files(self.adapter.root))
+        return chosen, (*left_out, *gone)
+
+    def _tokenizer_notes(self) -> Iterator[str]:
+        """Yield what the choice of the tokenizer means."""
+        ours, theirs = list_side_files(self.base.root, ())[0], list_tokenizer_files(self.adapter.root)
+        if self.options.tokenizer == "adapter":
+            if not theirs:
+                yield "the adapter brings no tokenizer: the base's is copied"
+            elif loses_template(ours, override_side_files(ours, theirs)[0]):
+                yield "the base's chat template is lost: the adapter's tokenizer takes its place and has none"
+        elif differing := differing_tokenizer_files(ours, theirs):
+            yield f"the adapter's {', '.join(differing)} differ from the base's, which are copied (--tokenizer adapter)"
 
     def _notes(self) -> Iterator[str]:
-        trained_on, here = self.adapter.config.base_model_name, self.base.root.name
-        if trained_on and PurePosixPath(trained_on).name != here:
-            yield f"the adapter says it was trained on {quote(trained_on)}; the base here is {quote(here)}"
-        if self.untied:
-            yield (
-                f"{self.untied!r} changes and the output embedding was tied to it: {OUTPUT_EMBEDDING!r} is written as "
-                "the base has it, and tie_word_embeddings is false"
-            )
-        unlisted = self.base.tensors.keys() - (
-            self.base.weight_map.shard_by_tensor.keys() if self.base.weight_map else self.base.tensors.keys()
-        )
+        yield from self.matches.notes
+        if self.base.is_directory:
+            yield from self._tokenizer_notes()
+        unlisted = {source for _, source in _unlisted(self.base)}
         if unlisted:
             yield f"{len(unlisted)} tensors are in the shards but not in the base's index; they are kept and listed"
         is_indexed = self.base.weight_map and SINGLE_NAME not in self.base.weight_map.shard_names
@@ -171,6 +237,13 @@ class _Planner:
             yield f"{SINGLE_NAME} stands beside the index, which does not list it: it is left out"
         if not self.base.is_directory:
             yield "the base is a single file: no config or other side files are written"
+
+
+def _unlisted(base: BaseCheckpoint) -> Iterator[tuple[str, TensorSource]]:
+    """Yield the tensors that the shards hold and the index does not list."""
+    if base.weight_map:
+        listed = base.weight_map.shard_by_tensor
+        yield from ((name, at) for shard in base.shards for name, at in shard.sources() if name not in listed)
 
 
 def _keep_or_cast(entry: TensorEntry, source: TensorSource) -> Step:

@@ -55,15 +55,25 @@ def _encode(value: Any) -> Any:
 def _decode(kind: Any, value: Any) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
-        return tuple(_decode(arguments[0], item) for item in value)
+        return tuple(_decode(arguments[0], item) for item in _checked(list, value))
     if origin in (Union, UnionType):
-        return _decode(_STEPS[value.pop(_STEP_KEY)], value) if isinstance(value, dict) else value
+        return _decode(_alternative(arguments, value), value)
     if origin is not None:  # a mapping from str
         return {key: _decode(arguments[1], item) for key, item in value.items()}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
         return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
     return _checked(kind, value)
+
+
+def _alternative(kinds: tuple[Any, ...], value: Any) -> Any:
+    """Return which of a union's kinds a JSON value is of."""
+    if isinstance(value, dict):
+        is_step = kinds[0] in _STEP_NAMES
+        return _STEPS[value.pop(_STEP_KEY)] if is_step else next(filter(dataclasses.is_dataclass, kinds), kinds[0])
+    if isinstance(value, list):
+        return next((kind for kind in kinds if get_origin(kind) is tuple), kinds[0])
+    return next((kind for kind in kinds if isinstance(kind, type) and isinstance(value, kind)), kinds[0])
 
 
 def _checked(kind: type, value: Any) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from rawmerge.errors import Problem, RawmergeError, RefusedError
 from rawmerge.inspection import Inspection
-from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
+from rawmerge.merge_plan import AdapterUse, KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
 from rawmerge.run import MergeSummary, count_steps
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -39,7 +40,8 @@ def plan_text(plan: MergePlan) -> str:
     done = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     lines = [
         f"base      {plan.base_root}",
-        f"adapter   {plan.adapter_root} ({len(plan.adapter_uses)} tensors, all used)",
+        f"adapter   {plan.adapter_root} ({_account_summary(plan.adapter_uses)})",
+        *(f"  {line}" for line in account_lines(plan.adapter_uses)),
         f"compute   {plan.options.compute_dtype}, output dtype {plan.options.output_dtype or 'as stored'}",
         f"tensors   {done}",
         *(f"  {line}" for line in _changed_lines(plan.steps())),
@@ -50,6 +52,18 @@ def plan_text(plan: MergePlan) -> str:
         *(f"note      {note}" for note in plan.notes),
     ]
     return "\n".join(map(_printable, lines))
+
+
+def account_lines(uses: Iterable[AdapterUse]) -> list[str]:
+    """Return the account of the adapter's tensors as a table, one row for names that differ in numbers only."""
+    families: dict[tuple[str, str, str, str], int] = {}
+    for use in uses:
+        row = (use.use, _folded(use.name), _folded(use.tensor_name), use.reason)
+        families[row] = families.get(row, 0) + 1
+    return [
+        f"{use:<9} {name}{f' (x {count})' if count > 1 else ''} -> {tensor}{f': {reason}' if reason else ''}"
+        for (use, name, tensor, reason), count in families.items()
+    ]
 
 
 def summary_text(summary: MergeSummary) -> str:
@@ -125,6 +139,15 @@ def _without_layers(problem: Problem) -> Problem:
     return Problem(*blanked)
 
 
+def _account_summary(uses: Iterable[AdapterUse]) -> str:
+    counts = Counter(use.use for use in uses)
+    return f"{counts.total()} tensors: " + ", ".join(f"{count} {use}" for use, count in counts.items())
+
+
+def _folded(name: str) -> str:
+    return _NUMBER.sub("*", name)
+
+
 def _changed_lines(steps: Iterable[Step]) -> Iterator[str]:
     """Yield one line per family of changed tensors, layer numbers folded together."""
     families: dict[tuple[str, str], int] = {}
@@ -138,12 +161,20 @@ def _changed_lines(steps: Iterable[Step]) -> Iterator[str]:
 
 def _describe_step(step: UpdateTensor | ReplaceTensor) -> str:
     if isinstance(step, ReplaceTensor):
-        return "replaced by the adapter's"
-    return ", ".join(map(_describe_update, step.updates))
+        return "replaced by the adapter's" if step.base else "added from the adapter"
+    overlay = [f"first {step.overlay.shape[0]} rows replaced by the adapter's"] if step.overlay else []
+    return ", ".join(dict.fromkeys([*overlay, *map(_describe_update, step.updates)]))
 
 
 def _describe_update(update: Update) -> str:
-    rank = min(source.shape[0] for role, source in update.tensors.items() if role.endswith("_a"))
+    match update.kind:
+        case "token_rows":
+            return f"{update.tensors['rows'].shape[0]} token rows replaced"
+        case "lora_bias":
+            return f"bias added, scaling {update.settings['scaling']:g}"
+    rank = update.settings.get("rank") or min(
+        source.shape[0] for role, source in update.tensors.items() if role.endswith("_a")
+    )
     layout = ", transposed" if update.settings.get("is_transposed") else ""
     return f"{update.kind} rank {rank}, scaling {update.settings['scaling']:g}{layout}"
 

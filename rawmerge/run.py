@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from operator import eq
 from pathlib import Path
-from typing import Any, Final
 
-from rawmerge._version import __version__
 from rawmerge.engine import Engine, default_threads
 from rawmerge.errors import InputChangedError, MergeError, NothingChangedError, RefusedError, quote
 from rawmerge.formats.adapter_config import CONFIG_NAME
+from rawmerge.identity import RECORD_NAME
 from rawmerge.jobs import ProgressCallback
-from rawmerge.merge_plan import InputFile, KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
+from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
 from rawmerge.output_directory import OutputPolicy, StagingDirectory, check_output, check_space
-from rawmerge.plan import RECORD_NAME
+from rawmerge.record import record_text
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import OpenFiles, TensorSource, read_shard_file
-
-RECORD_FORMAT: Final = "rawmerge-record-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +28,7 @@ class MergeSummary:
 
     Attributes:
         output: the published directory.
-        counts: tensors by what became of them: `kept`, `updated`, `cast`, `replaced`.
+        counts: tensors by what became of them: `kept`, `updated`, `cast`, `replaced`, `added`.
         unchanged: updated tensors of which no element changed: the delta is smaller than the rounding.
         byte_count: bytes of the output.
         seconds: wall time of the run.
@@ -99,13 +93,15 @@ def check_target(plan: MergePlan, output: Path, *, overwrite: bool = False) -> N
 
 
 def count_steps(plan: MergePlan) -> dict[str, int]:
-    """Return how many output tensors are `kept`, `updated`, `cast` and `replaced`."""
-    counts = Counter({"kept": 0, "updated": 0, "cast": 0, "replaced": 0})
+    """Return how many output tensors are `kept`, `updated`, `cast`, `replaced` and `added` from the adapter."""
+    counts = Counter({"kept": 0, "updated": 0, "cast": 0, "replaced": 0, "added": 0})
     for step in plan.steps():
         match step:
             case KeepTensor():
                 counts["kept"] += 1
-            case ReplaceTensor():
+            case ReplaceTensor(base=None):
+                counts["added"] += 1
+            case ReplaceTensor() | UpdateTensor(updates=(), overlay=TensorSource()):
                 counts["replaced"] += 1
             case UpdateTensor(updates=()):
                 counts["cast"] += 1
@@ -134,7 +130,7 @@ def _write(
         _copy_side_files(plan, staging.path)
         for file in plan.written_files:
             staging.write_text(file.name, file.text)
-        staging.write_text(RECORD_NAME, _record_text(plan))
+        staging.write_text(RECORD_NAME, record_text(plan, count_steps(plan)))
         staging.publish(policy)
     return changed
 
@@ -170,6 +166,8 @@ def _replacement_differs(shard: ShardPlan, folder: Path) -> bool:
     with OpenFiles() as files:
         for step in shard.steps:
             if isinstance(step, ReplaceTensor):
+                if step.base is None or step.entry.shape != step.base.shape:
+                    return True
                 written = replace(step.base, path=str(folder / shard.name), offset=shard.data_start + step.entry.start)
                 is_cast = step.entry.dtype != step.base.dtype
                 if is_cast or not all(map(eq, files.chunks(written), files.chunks(step.base))):
@@ -187,42 +185,6 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
                 file.finish()
             if Path(side.path).stat().st_size != side.byte_count:
                 raise InputChangedError(f"{quote(side.path)}: expected {side.byte_count} bytes as planned; it changed")
-
-
-def _record_text(plan: MergePlan) -> str:
-    """Return the merge record: the same text for the same inputs and options, whatever their folders."""
-    record: dict[str, Any] = {
-        "format": RECORD_FORMAT,
-        "versions": {"rawmerge": __version__, "torch": version("torch")},
-        "options": {"compute_dtype": plan.options.compute_dtype, "dtype": plan.options.output_dtype or "as stored"},
-        "base": {
-            "repo": plan.base_repo,
-            "config_sha256": plan.base_config_sha256,
-            "shards": [_identity(file) for file in plan.base_files],
-        },
-        "adapters": [
-            {
-                "repo": plan.adapter_repo,
-                "config_sha256": plan.adapter_config_sha256,
-                "files": [{**_identity(file), "sha256": _file_sha256(file)} for file in plan.adapter_files],
-            }
-        ],
-        "tensors": count_steps(plan),
-        "adapter_tensors": len(plan.adapter_uses),
-    }
-    return json.dumps(record, indent=2, sort_keys=True) + "\n"
-
-
-def _identity(file: InputFile) -> dict[str, str | int]:
-    return {"name": file.name, "bytes": file.byte_count, "header_sha256": file.header_sha256}
-
-
-def _file_sha256(file: InputFile) -> str:
-    digest = hashlib.sha256()
-    with OpenFiles() as files:
-        for chunk in files.chunks(TensorSource(file.path, 0, file.byte_count, "U8", (file.byte_count,))):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _describe(error: OSError) -> str:

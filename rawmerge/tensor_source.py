@@ -44,6 +44,12 @@ class TensorSource:
     dtype: str
     shape: tuple[int, ...]
 
+    def rows(self, first: int, count: int) -> TensorSource:
+        """Return some rows of a matrix, which lie together in the file."""
+        row_bytes = self.byte_count // self.shape[0]
+        shape = (count, *self.shape[1:])
+        return TensorSource(self.path, self.offset + first * row_bytes, count * row_bytes, self.dtype, shape)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:

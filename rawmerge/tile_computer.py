@@ -6,20 +6,23 @@ The only module that does arithmetic on the base; importing it imports torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from rawmerge.blas_threads import BlasThreads
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import NonFiniteTensorError
-from rawmerge.merge_plan import ReplaceTensor, UpdateTensor
+from rawmerge.merge_plan import ReplaceTensor, UpdateTensor, Window, matrix_of
 from rawmerge.methods import METHODS
-from rawmerge.methods.interface import PreparedUpdate, TileContext
+from rawmerge.methods.interface import PreparedUpdate, Scratch, TileContext
 from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into
+from rawmerge.shared_tensors import SharedTensors
 from rawmerge.tensor_source import OpenFiles, TensorSource
-from rawmerge.tiles import BLOCK_ELEMENTS, is_low, matrix_shape, tile_rows
+from rawmerge.tiles import BLOCK_ELEMENTS, Stretch, tile_rows
 
 
 def torch_dtype(code: str) -> torch.dtype:
@@ -45,6 +48,23 @@ class TileScratch:
         return buffer[:byte_count].view(dtype).view(shape)
 
 
+@dataclass(frozen=True, slots=True)
+class WindowedUpdate:
+    """An update of a part of a tensor's matrix view; the update itself sees that part alone."""
+
+    inner: PreparedUpdate
+    window: Window
+
+    def apply(self, tile: torch.Tensor, first_row: int, scratch: Scratch) -> None:
+        """Change, in place, the rows and columns of `tile` (rows, columns) that lie in the window."""
+        window = self.window
+        start = max(first_row, window.row)
+        stop = min(first_row + tile.shape[0], window.row + window.row_count)
+        if start < stop:
+            part = tile[start - first_row : stop - first_row, window.columns(tile.shape[1])]
+            self.inner.apply(part, window.delta_row + start - window.row, scratch)
+
+
 class TensorComputer:
     """Computes the tiles of one step, in any order, from any thread.
 
@@ -54,11 +74,18 @@ class TensorComputer:
     """
 
     def __init__(
-        self, step: UpdateTensor | ReplaceTensor, files: OpenFiles, blas: BlasThreads, compute_dtype: str
+        self,
+        step: UpdateTensor | ReplaceTensor,
+        files: OpenFiles,
+        shared: SharedTensors[torch.Tensor],
+        blas: BlasThreads,
+        compute_dtype: str,
     ) -> None:
         self.step = step
         self.changed = isinstance(step, ReplaceTensor)
+        self._matrix = matrix_of(step)
         self._files = files
+        self._shared = shared
         self._blas = blas
         self._source_dtype = torch_dtype(step.source.dtype)
         self._output_dtype = torch_dtype(step.entry.dtype)
@@ -73,7 +100,7 @@ class TensorComputer:
         self._prepared: tuple[PreparedUpdate, ...] | None = None
 
     def compute(self, first_row: int, row_count: int, scratch: TileScratch) -> memoryview:
-        """Return the finished bytes of a tile; they stay valid until the thread's next tile.
+        """Return the finished bytes of a tile of one stretch; they stay valid until the thread's next tile.
 
         Args:
             first_row: the tile's first row.
@@ -84,44 +111,59 @@ class TensorComputer:
             NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
             InputChangedError: a file ended early.
         """
-        shape = (row_count, matrix_shape(self.step.source.shape)[1])
+        shape = (row_count, self._matrix.columns)
         before = self._read_tile(first_row, shape, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
-        for first, count in self._blocks(shape):
-            rows = slice(first, first + count)
-            self._compute_block(before[rows], result[rows], first_row + first, scratch)
+        stretch = self._matrix.stretch_at(first_row)
+        # the whole of a low product must be PEFT's own call
+        is_whole = row_count == stretch.row_count and stretch.is_low
+        for first, count in [(0, row_count)] if is_whole else tile_rows(*shape, BLOCK_ELEMENTS):
+            block, rounded = before[first : first + count], result[first : first + count]
+            # other threads' counts cost time, and more of it in spinning; so only where bits depend on it
+            with self._blas.whole() if is_whole else nullcontext():
+                tile = self._update_block(block, first_row + first, stretch, scratch)
+            round_into(rounded, tile)
+            self._check(rounded, tile, block)
         return _as_bytes(result)
 
-    def _blocks(self, shape: tuple[int, int]) -> Iterable[tuple[int, int]]:
-        """Return (first row, row count) of the parts of a tile that are computed at a time."""
-        return [(0, shape[0])] if self._is_low(shape[0]) else tile_rows(*shape, BLOCK_ELEMENTS)
-
-    def _is_low(self, row_count: int) -> bool:
-        """Whether these rows are the whole of a tensor whose product must be PEFT's own call."""
-        rows, columns = matrix_shape(self.step.source.shape)
-        return row_count == rows and is_low(rows, columns)
-
-    def _compute_block(self, before: torch.Tensor, result: torch.Tensor, first_row: int, scratch: TileScratch) -> None:
+    def _update_block(
+        self, before: torch.Tensor, first_row: int, stretch: Stretch, scratch: TileScratch
+    ) -> torch.Tensor:
+        """Return the block (rows, columns) after its updates, in compute dtype."""
         rows, columns = before.shape
         tile = scratch.tensor("tile", (rows, columns), self._tile_dtype)
         tile.copy_(before)
-        # other threads' counts cost time, and more of it in spinning; so only where bits depend on it
-        with self._blas.whole() if self._is_low(rows) else nullcontext():
-            for update in self._updates():
-                update.apply(tile, first_row, scratch)
-        round_into(result, tile)
-        self._check(result, tile, before)
+        updates = self._updates()
+        for place in stretch.updates:
+            updates[place].apply(tile, first_row, scratch)
+        return tile
 
     def _read_tile(self, first_row: int, shape: tuple[int, int], scratch: TileScratch) -> torch.Tensor:
         """Return the rows as they are before the updates, in the dtype in which PEFT would hold them."""
-        stored = scratch.tensor("stored", shape, self._source_dtype)
-        offset = self.step.source.offset + first_row * shape[1] * self._source_dtype.itemsize
-        self._files.read_into(self.step.source.path, offset, _as_bytes(stored))
-        if self._rounding_dtype in (None, self._source_dtype):
-            return stored
-        rounded = scratch.tensor("rounded", shape, self._rounding_dtype)
-        round_into(rounded, stored)
-        return rounded
+        overlay = self.step.overlay if isinstance(self.step, UpdateTensor) else None
+        overlay_rows = prod(overlay.shape) // shape[1] - first_row if overlay else 0
+        if overlay is None or overlay_rows <= 0:
+            stored = self._read_rows(self.step.source, first_row, shape, scratch)
+            if self._rounding_dtype in (None, self._source_dtype):
+                return stored
+            rounded = scratch.tensor("before", shape, self._rounding_dtype)
+            round_into(rounded, stored)
+            return rounded
+        before = scratch.tensor("before", shape, self._rounding_dtype or self._tile_dtype)
+        upper = min(overlay_rows, shape[0])
+        round_into(before[:upper], self._read_rows(overlay, first_row, (upper, shape[1]), scratch))
+        lower = shape[0] - upper, shape[1]
+        round_into(before[upper:], self._read_rows(self.step.source, first_row + upper, lower, scratch))
+        return before
+
+    def _read_rows(
+        self, source: TensorSource, first_row: int, shape: tuple[int, int], scratch: TileScratch
+    ) -> torch.Tensor:
+        """Return rows of a stored tensor, in its own dtype; they stay valid until the thread's next read."""
+        stored = scratch.tensor("stored", shape, torch_dtype(source.dtype))
+        offset = source.offset + first_row * shape[1] * stored.itemsize
+        self._files.read_into(source.path, offset, _as_bytes(stored))
+        return stored
 
     def _check(self, result: torch.Tensor, tile: torch.Tensor, before: torch.Tensor) -> None:
         if may_overflow(tile, self._output_dtype):
@@ -143,8 +185,9 @@ class TensorComputer:
     def _prepare(self) -> Iterator[PreparedUpdate]:
         context = TileContext(self.step.source.shape, self._tile_dtype, self._rounding_dtype)
         for update in self.step.updates if isinstance(self.step, UpdateTensor) else ():
-            tensors = {role: self._read_tensor(source) for role, source in update.tensors.items()}
-            yield METHODS[update.kind].prepare(update.settings, tensors, context)
+            tensors = {role: self._shared.read(source, self._read_tensor) for role, source in update.tensors.items()}
+            prepared = METHODS[update.kind].prepare(update.settings, tensors, context)
+            yield WindowedUpdate(prepared, update.window) if update.window else prepared
 
     def _read_tensor(self, source: TensorSource) -> torch.Tensor:
         tensor = torch.empty(source.shape, dtype=torch_dtype(source.dtype))

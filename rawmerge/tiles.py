@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Final
 
@@ -25,20 +27,32 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return (1, 1) if not shape else (shape[0], prod(shape[1:]))
 
 
+def elementwise_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return (rows, columns) of a tensor without a product: rows as short as tiles of them are sensible to cut."""
+    for first in range(len(shape) - 1, 1, -1):
+        if prod(shape[first:]) >= _LOWEST_BLOCK:
+            return prod(shape[:first]), prod(shape[first:])
+    return matrix_shape(shape)
+
+
 def is_low(rows: int, columns: int) -> bool:
     """Whether the thread count may change bits of a product of this shape, however it is cut."""
     return min(rows, columns) < ROW_BLOCK or rows * columns <= _LOW_ELEMENTS
 
 
-def tile_rows(rows: int, columns: int, tile_elements: int = TILE_ELEMENTS) -> Iterator[tuple[int, int]]:
+def tile_rows(
+    rows: int, columns: int, tile_elements: int = TILE_ELEMENTS, product_columns: int | None = None
+) -> Iterator[tuple[int, int]]:
     """Yield (first row, row count) of each tile of a matrix, in order.
 
     The tiles are as high as `tile_elements` allows, in multiples of 64; very wide rows come in lower blocks.
-    A rest too low for stable bits joins the tile before it; a matrix of few columns is one tile.
+    A rest too low for stable bits joins the tile before it; a matrix of few columns is one tile, and so is one with
+    an update of few columns (`product_columns`; all, unless told).
     """
     if rows == 0 or columns == 0:
         return
-    if columns < _LOWEST_BLOCK and rows * columns <= _NARROW_ELEMENTS:
+    narrowest = columns if product_columns is None else product_columns
+    if narrowest < _LOWEST_BLOCK and rows * columns <= _NARROW_ELEMENTS:
         yield 0, rows
         return
     block = ROW_BLOCK if ROW_BLOCK * columns <= _WIDE_TILE_ELEMENTS else _LOWEST_BLOCK
@@ -47,3 +61,43 @@ def tile_rows(rows: int, columns: int, tile_elements: int = TILE_ELEMENTS) -> It
     for index in range(count):
         first = index * height
         yield first, (rows if index == count - 1 else first + height) - first
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Rows that products neither begin nor end in: they are cut into tiles on their own.
+
+    Attributes:
+        first_row: first of them; row_count: how many.
+        product_columns: columns of the narrowest product that changes them.
+        updates: which updates change them, as places in the step's tuple.
+    """
+
+    first_row: int
+    row_count: int
+    product_columns: int
+    updates: tuple[int, ...]
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the thread count may change bits of a product as high as these rows."""
+        return bool(self.updates) and is_low(self.row_count, self.product_columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A tensor seen as a matrix, and its stretches: every row in one, in order."""
+
+    rows: int
+    columns: int
+    stretches: tuple[Stretch, ...]
+
+    def tiles(self, tile_elements: int = TILE_ELEMENTS) -> Iterator[tuple[int, int]]:
+        """Yield (first row, row count) of each tile, in order."""
+        for stretch in self.stretches:
+            for first, count in tile_rows(stretch.row_count, self.columns, tile_elements, stretch.product_columns):
+                yield stretch.first_row + first, count
+
+    def stretch_at(self, row: int) -> Stretch:
+        """Return the stretch that a row belongs to."""
+        return self.stretches[bisect_right(self.stretches, row, key=lambda stretch: stretch.first_row) - 1]

@@ -16,13 +16,18 @@ from hypothesis import strategies as st
 from rawmerge.errors import AdapterError, PlanError, UnsupportedAdapterError
 from rawmerge.formats.adapter_config import (
     IGNORED_FIELDS,
+    LORA_B_LAYOUTS,
     PLAIN_INITS,
     REFUSED_FIELDS,
     SUPPORTED_FIELDS,
+    TASK_HEADS,
     AdapterConfig,
+    is_saved_module,
+    matches_target,
     parse_adapter_config,
 )
-from tests.strategies import SETTINGS, module_paths, module_patterns
+from rawmerge.formats.adapter_values import MAX_LAYERS, MAX_TOKEN_INDICES
+from tests.strategies import SETTINGS, json_scalars, module_paths, module_patterns, texts
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 
@@ -53,6 +58,39 @@ def test_the_fields_that_decide_a_merge_are_read() -> None:
 
 def test_the_least_config_has_peft_s_defaults() -> None:
     assert parse() == AdapterConfig(8, 16.0, {}, {}, False, False, (), "")
+    assert parse() == AdapterConfig(rank=8, alpha=16.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "attribute", "expected"),
+    [
+        ("bias", "none", "bias", "none"),
+        ("bias", "all", "bias", "all"),
+        ("bias", "lora_only", "bias", "lora_only"),
+        ("lora_bias", True, "lora_bias", True),
+        ("ensure_weight_tying", True, "ensure_weight_tying", True),
+        ("target_parameters", ["experts.down_proj", "w"], "target_parameters", ("experts.down_proj", "w")),
+        ("trainable_token_indices", [5, 0, 3], "token_indices", {"": (5, 0, 3)}),
+        ("trainable_token_indices", {"wte": [2, 1], "head": []}, "token_indices", {"wte": (2, 1), "head": ()}),
+        ("layer_replication", [[0, 4], [2, 5]], "layer_replication", ((0, 4), (2, 5))),
+        ("layer_replication", [[0, MAX_LAYERS]], "layer_replication", ((0, MAX_LAYERS),)),
+        ("lora_B_layout", "rank_major", "lora_b_layout", "rank_major"),
+        ("lora_B_layout", "grouped_by_expert", "lora_b_layout", "grouped_by_expert"),
+        ("base_model_name_or_path", "org/name", "base_model_name", "org/name"),
+        ("revision", "main", "revision", "main"),
+        ("task_type", "CAUSAL_LM", "task_type", "CAUSAL_LM"),
+        ("peft_version", "0.18.1.dev0@abc", "peft_version", "0.18.1.dev0@abc"),
+        ("auto_mapping", {"base_model_class": "A", "parent_library": "l"}, "base_model_class", "A"),
+        ("auto_mapping", {"parent_library": "l", "base_model_class": None}, "base_model_class", ""),
+        ("auto_mapping", {}, "base_model_class", ""),
+        ("target_modules", "all-linear", "target_modules", "all-linear"),
+        ("target_modules", ["q", "v"], "target_modules", ("q", "v")),
+        ("exclude_modules", r".*\.head", "exclude_modules", r".*\.head"),
+        ("exclude_modules", ["head"], "exclude_modules", ("head",)),
+    ],
+)
+def test_a_field_is_read_into_its_attribute_and_no_other(field: str, value: Any, attribute: str, expected: Any) -> None:
+    assert parse(**{field: value}) == dataclasses.replace(parse(), **{attribute: expected})
 
 
 @pytest.mark.parametrize(
@@ -113,7 +151,7 @@ def test_scaling_is_peft_s_for_every_layer(tmp_path: Path, use_rslora: bool) -> 
 @pytest.mark.parity
 def test_a_default_config_of_peft_is_accepted(tmp_path: Path) -> None:
     found = parse_adapter_config(saved_by_peft(tmp_path), "config")
-    assert found == AdapterConfig(8, 8.0, {}, {}, False, False, (), "")
+    assert found == AdapterConfig(8, 8.0, peft_version=pytest.importorskip("peft").__version__)
 
 
 @pytest.mark.parity
@@ -139,24 +177,51 @@ def test_plain_lora_as_peft_saves_it_is_accepted(tmp_path: Path, fields: dict[st
 def test_every_field_of_peft_is_supported_ignored_or_refused() -> None:
     fields = {field.name for field in dataclasses.fields(pytest.importorskip("peft").LoraConfig)}
     known = SUPPORTED_FIELDS | IGNORED_FIELDS | set(REFUSED_FIELDS) | {"init_lora_weights"}
-    assert fields == known
+    assert fields == known - {"lora_B_layout"}  # Unsloth's, not PEFT's
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "value", "attribute", "expected"),
+    [
+        ("bias", "all", "bias", "all"),
+        ("bias", "lora_only", "bias", "lora_only"),
+        ("lora_bias", True, "lora_bias", True),
+        ("layer_replication", [(0, 4), (2, 5)], "layer_replication", ((0, 4), (2, 5))),
+        ("target_parameters", ["experts.gate_up_proj"], "target_parameters", ("experts.gate_up_proj",)),
+        ("trainable_token_indices", [1, 2], "token_indices", {"": (1, 2)}),
+        ("trainable_token_indices", {"embed_tokens": [3]}, "token_indices", {"embed_tokens": (3,)}),
+        ("ensure_weight_tying", True, "ensure_weight_tying", True),
+        ("target_modules", {"q"}, "target_modules", ("q",)),
+        ("target_modules", "all-linear", "target_modules", "all-linear"),
+        ("revision", "abc", "revision", "abc"),
+        ("base_model_name_or_path", "org/name", "base_model_name", "org/name"),
+    ],
+)
+def test_what_is_followed_is_read_in_peft_s_own_spelling(
+    tmp_path: Path, name: str, value: Any, attribute: str, expected: Any
+) -> None:
+    fields = {"target_modules": ["q"], "task_type": "CAUSAL_LM", name: value}
+    found = parse_adapter_config(saved_by_peft(tmp_path, **fields), "config")
+    assert getattr(found, attribute) == expected
+    assert (found.task_type, found.peft_version) == ("CAUSAL_LM", pytest.importorskip("peft").__version__)
+
+
+@pytest.mark.parity
+def test_peft_names_the_trained_model_s_class_where_there_is_no_task_type(tmp_path: Path) -> None:
+    peft, nn = pytest.importorskip("peft"), pytest.importorskip("torch.nn")
+    peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    found = parse_adapter_config((tmp_path / "adapter_config.json").read_bytes(), "config")
+    assert (found.base_model_class, found.task_type) == ("Sequential", "")
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
         ("use_dora", True),
-        ("lora_bias", True),
         ("use_qalora", True),
-        ("layer_replication", [(0, 4), (2, 5)]),
-        ("target_parameters", ["experts.gate_up_proj"]),
-        ("trainable_token_indices", [1, 2]),
-        ("trainable_token_indices", {"embed_tokens": [3]}),
         ("alora_invocation_tokens", [7]),
-        ("ensure_weight_tying", True),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "olora"),
@@ -182,7 +247,7 @@ def test_a_field_that_is_unset_changes_nothing(name: str, value: Any) -> None:
     assert parse(**{name: value}) == parse()
 
 
-@pytest.mark.parametrize("name", sorted(IGNORED_FIELDS - {"base_model_name_or_path"}))
+@pytest.mark.parametrize("name", sorted(IGNORED_FIELDS))
 @pytest.mark.parametrize("value", ["x", ["x"], {"x": 1}, 3], ids=str)
 def test_an_ignored_field_changes_nothing_whatever_it_says(name: str, value: Any) -> None:
     assert parse(**{name: value}) == parse()
@@ -269,7 +334,7 @@ def test_a_pattern_that_is_no_regular_expression_where_it_is_used_is_refused(key
         parse(alpha_pattern={key: 3})
 
 
-@pytest.mark.parametrize("name", ["use_rslora", "fan_in_fan_out"])
+@pytest.mark.parametrize("name", ["use_rslora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"])
 @pytest.mark.parametrize("value", ["false", 1, [True]], ids=str)
 def test_a_switch_must_be_true_or_false(name: str, value: Any) -> None:
     with pytest.raises(AdapterError, match=f"'{name}': expected true or false, found"):
@@ -282,6 +347,228 @@ def test_modules_to_save_must_be_a_list_of_names(value: Any) -> None:
         parse(modules_to_save=value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    sorted(SUPPORTED_FIELDS - {"peft_type", "r", "lora_alpha"}),
+)
+def test_null_is_unset(name: str) -> None:
+    assert parse(**{name: None}) == parse()
+
+
+@pytest.mark.parametrize(
+    "name", ["modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication"]
+)
+def test_an_empty_list_is_unset(name: str) -> None:
+    assert parse(**{name: []}) == parse()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "values"),
+    [
+        ("bias", "one of none, all, lora_only", ["", "None", "vera_only", True, False, 0, ["all"], {"all": 1}]),
+        ("target_parameters", "a list of parameter names", ["w", "", [1], ["w", None], [""], {"w": 1}, 0, True]),
+        ("target_modules", "a pattern or a list of module names", [3, True, [1], [["q"]], {"q": 1}]),
+        ("exclude_modules", "a pattern or a list of module names", [3, True, [1], [["q"]], {"q": 1}]),
+        ("base_model_name_or_path", "text", [3, False, ["org/name"], {"name": 1}]),
+        ("revision", "text", [3, 1.5, ["main"]]),
+        ("task_type", "text", [1, ["CAUSAL_LM"]]),
+        ("peft_version", "text", [0.19, 0, ["0.19"]]),
+        ("auto_mapping", "a table whose base_model_class is a name", ["x", ["x"], 1, {"base_model_class": ["x"]}]),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, expected: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(AdapterError, match=f"'{name}': expected {expected}, found {re.escape(ascii(value))}$"):
+            parse(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        3,
+        False,
+        "",
+        "1",
+        [1, "2"],
+        [1.0],
+        [True],
+        [-1],
+        [2**31],
+        [[1]],
+        [4, 7, 4],
+        [None],
+        {"wte": 1},
+        {"wte": None},
+        {"wte": [1, 1]},
+        {"wte": {"a": 1}},
+        {"": [1]},
+        {"wte": [1], "head": ["x"]},
+        list(range(MAX_TOKEN_INDICES + 1)),
+        {"wte": list(range(MAX_TOKEN_INDICES)), "head": [1]},
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_token_indices_must_be_rows_none_twice(value: Any) -> None:
+    with pytest.raises(AdapterError, match="'trainable_token_indices': expected whole numbers, none twice") as caught:
+        parse(trainable_token_indices=value)
+    assert len(str(caught.value)) < 400
+
+
+def test_as_many_token_indices_as_allowed_are_taken_in_their_order() -> None:
+    indices = list(reversed(range(MAX_TOKEN_INDICES)))
+    assert parse(trainable_token_indices=indices).token_indices == {"": tuple(indices)}
+
+
+def test_a_module_trained_whole_and_by_rows_is_refused_as_peft_refuses_it() -> None:
+    with pytest.raises(AdapterError, match="expected modules that are not in modules_to_save, found 'wte' in both"):
+        parse(trainable_token_indices={"wte": [1], "head": [2]}, modules_to_save=["x", "wte"])
+    assert parse(trainable_token_indices={"wte": [1]}, modules_to_save=["te"]).modules_to_save == ("te",)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        False,
+        "",
+        {"a": 1},
+        {},
+        [0, 4],
+        [[0]],
+        [[0, 1, 2]],
+        [["0", "4"]],
+        [[0, 4.0]],
+        [[False, True]],
+        [[2, 2]],
+        [[3, 2]],
+        [[-1, 2]],
+        [[0, MAX_LAYERS + 1]],
+        [[0, 2**70]],
+        [[0, MAX_LAYERS], [0, 1]],
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_replicated_layers_must_be_ranges_of_some_layers(value: Any) -> None:
+    with pytest.raises(AdapterError, match=r"'layer_replication': expected a list of \[start, end\], start < end"):
+        parse(layer_replication=value)
+
+
+@pytest.mark.parametrize("value", ["expert_major", "RANK_MAJOR", True, 1, ["rank_major"], {"rank_major": 1}], ids=str)
+def test_an_unknown_layout_of_lora_b_is_refused(value: Any) -> None:
+    with pytest.raises(
+        UnsupportedAdapterError, match=f"'lora_B_layout': expected one of {', '.join(LORA_B_LAYOUTS)}, found"
+    ):
+        parse(lora_B_layout=value)
+
+
+def json_values() -> st.SearchStrategy[Any]:
+    scalars = json_scalars() | st.sampled_from(["all", "default", 0, 1, 4])
+    return st.recursive(
+        scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=2)
+    )
+
+
+@SETTINGS
+@given(st.dictionaries(st.sampled_from(sorted(SUPPORTED_FIELDS - {"peft_type"})), json_values(), max_size=4))
+def test_whatever_a_field_holds_it_is_read_or_refused(fields: dict[str, Any]) -> None:
+    try:
+        config = parse(**fields)
+    except (AdapterError, PlanError) as refusal:
+        problems = refusal.problems
+    else:
+        problems = ()
+        assert config.bias in {"none", "all", "lora_only"}
+        assert all(type(index) is int for indices in config.token_indices.values() for index in indices)
+    assert {problem.subject.partition("[")[0] for problem in problems} <= fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("targets", "path", "matches"),
+    [
+        (("q_proj",), "h.q_proj", True),
+        (("q_proj",), "q_proj", True),
+        (("q_proj",), "h.xq_proj", False),
+        (("q_proj",), "h.q_proj.deeper", False),
+        (("v", "0.q_proj"), "h.10.q_proj", False),
+        (("v", "0.q_proj"), "h.0.q_proj", True),
+        (("experts.down_proj",), "mlp.experts.down_proj", True),
+        (("experts.down.proj",), "mlp.experts.down_proj", False),
+        ((), "h.q_proj", False),
+    ],
+)
+def test_a_target_is_a_path_or_its_end_at_a_dot(targets: tuple[str, ...], path: str, matches: bool) -> None:
+    assert matches_target(targets, path) == matches
+
+
+@pytest.mark.parity
+@SETTINGS
+@given(st.lists(module_paths(), min_size=1, max_size=3), module_paths())
+def test_targets_match_as_peft_matches_them(targets: list[str], path: str) -> None:
+    peft = pytest.importorskip("peft")
+    check = pytest.importorskip("peft.tuners.tuners_utils").check_target_module_exists
+    config = peft.LoraConfig(target_modules=targets)
+    assert matches_target(tuple(targets), path) == bool(check(config, path))
+
+
+@pytest.mark.parametrize(
+    ("saved", "task_type", "path", "is_saved"),
+    [
+        (["head"], "", "head", True),
+        (["head"], "", "lm_head", True),
+        (["head"], "", "model.score_head", True),
+        (["head"], "", "model.head.dense", True),
+        (["head"], "", "model.headless", False),
+        (["head"], "", "header.dense", False),
+        (["a.head"], "", "a.head.dense.0", True),
+        (["a.head"], "", "b.head", False),
+        ([], "", "score", False),
+        ([], "CAUSAL_LM", "score", False),
+        ([], "SEQ_CLS", "score", True),
+        ([], "SEQ_CLS", "classifier.dense", True),
+        ([], "TOKEN_CLS", "model.classifier", True),
+        ([], "QUESTION_ANS", "qa_outputs", True),
+        (["head"], "SEQ_CLS", "pooler", False),
+        (["head"], "SEQ_CLS", "", False),
+    ],
+)
+def test_a_saved_module_is_one_whose_path_ends_in_a_name(
+    saved: list[str], task_type: str, path: str, is_saved: bool
+) -> None:
+    assert is_saved_module(parse(modules_to_save=saved, task_type=task_type), path) == is_saved
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("task_type", sorted(TASK_HEADS))
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers 5.23
+def test_peft_adds_these_heads_to_the_saved_modules(task_type: str) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(vocab_size=8, **sizes))
+    model.score = model.classifier = model.qa_outputs
+    config = peft.LoraConfig(target_modules=["query"], task_type=task_type)
+    peft.get_peft_model(model, config)
+    assert tuple(config.modules_to_save) == TASK_HEADS[task_type]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("saved", [["0"], ["0.1"], ["x"], ["0", "head"]], ids=str)
+def test_saved_modules_are_peft_s(saved: list[str]) -> None:
+    peft, nn = pytest.importorskip("peft"), pytest.importorskip("torch.nn")
+
+    def block() -> Any:
+        return nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+
+    parts = {"q": nn.Linear(2, 2), "10": block(), "tax": nn.Linear(2, 2), "xs": nn.Linear(2, 2), "lm_head": block()}
+    model = nn.ModuleDict(parts)
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q"], modules_to_save=saved))
+    wrapped = {name.removesuffix(".modules_to_save") for name, _ in model.named_modules()}
+    wrapped = {name for name in wrapped if f"{name}.modules_to_save" in dict(model.named_modules())}
+    expected = {path for path in paths if any(f"{path}.".startswith(f"{above}.") for above in wrapped)}
+    assert {path for path in paths if is_saved_module(parse(modules_to_save=saved), path)} == expected
+
+
 @pytest.mark.parametrize("raw", [b"", b"[]", b'{"r": 8, "r": 8}', b"\xff"])
 def test_a_config_that_is_no_strict_json_is_refused(raw: bytes) -> None:
     with pytest.raises(AdapterError, match="'folder/config': expected an adapter config of strict JSON"):
@@ -290,8 +577,8 @@ def test_a_config_that_is_no_strict_json_is_refused(raw: bytes) -> None:
 
 def test_all_unsupported_fields_are_named_at_once() -> None:
     with pytest.raises(UnsupportedAdapterError, match="3 problems") as caught:
-        parse(use_dora=True, bias="all", unknown=1)
-    assert [problem.subject for problem in caught.value.problems] == ["use_dora", "bias", "unknown"]
+        parse(use_dora=True, velora_config={"a": 1}, unknown=1)
+    assert [problem.subject for problem in caught.value.problems] == ["use_dora", "velora_config", "unknown"]
 
 
 def test_unsupported_fields_and_bad_values_are_named_at_once() -> None:

@@ -49,7 +49,7 @@ def test_the_command_line_and_the_library_write_the_same_bytes(tiny: Paths, tmp_
 def test_json_summary_goes_to_stdout(tiny: Paths, tmp_path: Path) -> None:
     result = invoke("merge", *tiny, "--output", tmp_path / "out", "--json")
     summary = json.loads(result.stdout)
-    assert summary["counts"] == {"kept": 2, "updated": 2, "cast": 0, "replaced": 0}
+    assert summary["counts"] == {"kept": 2, "updated": 2, "cast": 0, "replaced": 0, "added": 0}
     assert summary["output"] == str(tmp_path / "out")
 
 

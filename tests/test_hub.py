@@ -156,7 +156,7 @@ def test_base_fetches_what_a_merge_needs_once(run: Runner) -> None:
 
 def test_single_file_base_and_adapter_fetch_their_files_only(run: Runner) -> None:
     base = {"model.safetensors": b"weights", "config.json": CONFIG}
-    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "tokenizer.json": b"{}"}
     run.hub.commit("org/single", {**base, "pytorch_model.bin": b"twin", "other.safetensors": b"other"})
     run.hub.commit("org/bare", {"model.safetensors": b"weights"})
     run.hub.commit("org/lora", {**adapter, "adapter_model.bin": b"twin", "README.md": b"", "config.json": CONFIG})

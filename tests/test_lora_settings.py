@@ -57,6 +57,11 @@ def test_an_embedding_takes_the_delta_transposed_and_rounded_even_when_square(ro
     assert found == {"scaling": SCALING, "is_transposed": True, "rounds_delta": True}
 
 
+def test_a_delta_is_rounded_first_where_the_module_s_facts_say_so() -> None:
+    facts = ModuleFacts((12, 8), RANK, SCALING, None, rounds_delta=True)
+    assert LoraMethod().settings({"lora_a": (4, 8), "lora_b": (12, 4)}, facts)["rounds_delta"] is True
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_square_weight_follows_what_is_known_of_its_layout(known: bool) -> None:
     assert layout_of((4, 8), (8, 4), (8, 8), square_is_transposed=known) is known

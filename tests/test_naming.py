@@ -1,106 +1,120 @@
-"""Suggestions for adapter targets that the base does not have."""
+"""Where names lead: by themselves, by prefix, by family, by a unique end; never to another tower, never to two."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 
-from rawmerge.naming import near_misses, suggest
-from tests.strategies import SETTINGS, module_paths
+import rawmerge
+from rawmerge.errors import RefusedError
+from tests.builders import PREFIX, lora_pair, random_tensor, read_all, write_adapter, write_base
 
-LLAMA = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1, 10) for name in ("q", "k", "v")]
-BASE = [*LLAMA, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def base_of(folder: Path, shapes: Shapes, **config: Any) -> Path:
+    tensors = {name: random_tensor(shape, torch.float32, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    return write_base(folder / "base", [tensors], {"model_type": "own", **config})
+
+
+def pairs_of(folder: Path, shapes: dict[str, tuple[int, int]], **fields: Any) -> Path:
+    tensors = {
+        key: value for path, (rows, columns) in shapes.items() for key, value in lora_pair(path, rows, columns).items()
+    }
+    return write_adapter(folder / "adapter", tensors, **fields)
+
+
+def places(base: Path, adapter: Path) -> set[str]:
+    return {use.tensor_name for use in rawmerge.plan_merge(base, adapter).adapter_uses}
+
+
+LAYERS: Shapes = {
+    "language_model.model.layers.0.q_proj.weight": (12, 8),
+    "language_model.model.layers.1.q_proj.weight": (12, 8),
+    "language_model.model.embed_tokens.weight": (20, 8),
+    "vision_tower.layers.0.q_proj.weight": (12, 8),
+}
+
+
+def test_a_stack_of_layers_goes_where_all_of_it_fits(tmp_path: Path) -> None:
+    # layer 0 alone would fit the vision tower as well
+    adapter = pairs_of(tmp_path, {"model.layers.0.q_proj": (12, 8), "model.layers.1.q_proj": (12, 8)})
+    expected = {"language_model.model.layers.0.q_proj.weight", "language_model.model.layers.1.q_proj.weight"}
+    assert places(base_of(tmp_path, LAYERS), adapter) == expected
+
+
+def test_shapes_choose_between_towers(tmp_path: Path) -> None:
+    base = base_of(tmp_path, {"text.layers.0.q_proj.weight": (12, 8), "image.layers.0.q_proj.weight": (6, 8)})
+    assert places(base, pairs_of(tmp_path, {"layers.0.q_proj": (6, 8)})) == {"image.layers.0.q_proj.weight"}
+
+
+def test_two_towers_that_fit_are_both_named(tmp_path: Path) -> None:
+    base = base_of(tmp_path, {"text.layers.0.q_proj.weight": (12, 8), "image.layers.0.q_proj.weight": (12, 8)})
+    with pytest.raises(RefusedError) as caught:
+        rawmerge.merge_adapter(base, pairs_of(tmp_path, {"layers.0.q_proj": (12, 8)}), tmp_path / "out")
+    assert "'image.layers.0.q_proj.weight', 'text.layers.0.q_proj.weight'" in str(caught.value)
+    assert "full path" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", ["vision_tower.layers.0.q_proj", "audio.layers.0.q_proj", "decoder.layers.0.q_proj"])
+def test_a_tower_that_the_base_lacks_is_not_fitted_to_another(tmp_path: Path, path: str) -> None:
+    base = base_of(tmp_path, {"model.layers.0.q_proj.weight": (12, 8)})
+    with pytest.raises(RefusedError, match=rf"a base tensor '{re.escape(path)}\.weight' for this pair, found none"):
+        rawmerge.plan_merge(base, pairs_of(tmp_path, {path: (12, 8)}))
+
+
+def test_whole_segments_only(tmp_path: Path) -> None:
+    base = base_of(tmp_path, {"model.layers.0.my_q_proj.weight": (12, 8)})
+    with pytest.raises(RefusedError, match="found none"):
+        rawmerge.plan_merge(base, pairs_of(tmp_path, {"layers.0.q_proj": (12, 8)}))
+
+
+def test_a_head_of_another_tower_is_not_the_text_model_s(tmp_path: Path) -> None:
+    base = base_of(tmp_path, {"model.embed_tokens.weight": (20, 8), "talker.lm_head.weight": (20, 8)})
+    with pytest.raises(RefusedError, match=r"a base tensor 'lm_head\.weight' for this pair, found none"):
+        rawmerge.plan_merge(base, pairs_of(tmp_path, {"lm_head": (20, 8)}))
+
+
+def test_an_embedding_goes_the_way_its_layers_went(tmp_path: Path) -> None:
+    shapes = {**LAYERS, "thinker.embed_tokens.weight": (20, 8)}
+    adapter = pairs_of(tmp_path, {"model.layers.0.q_proj": (12, 8), "model.layers.1.q_proj": (12, 8)})
+    embedding = {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": random_tensor((4, 20), torch.float32),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": random_tensor((8, 4), torch.float32),
+    }
+    both = write_adapter(tmp_path / "both", {**read_all(adapter), **embedding})
+    assert "language_model.model.embed_tokens.weight" in places(base_of(tmp_path, shapes), both)
 
 
 @pytest.mark.parametrize(
-    ("target", "nearest"),
-    [
-        ("layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
-        ("language_model.model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight"),
-        ("model.language_model.layers.10.self_attn.v_proj.weight", "model.layers.10.self_attn.v_proj.weight"),
-        ("decoder.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
-        ("model.layers.0.attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
-        ("embed_tokens.weight", "model.embed_tokens.weight"),
-        ("norm.weight", "model.norm.weight"),
-    ],
+    ("model_type", "prefix"), [("bert", "bert"), ("gpt2", "transformer"), ("llama", "model"), ("roberta", "roberta")]
 )
-def test_the_nearest_name_keeps_the_layer_and_the_projection(target: str, nearest: str) -> None:
-    assert near_misses(target, BASE)[0] == nearest
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_the_base_model_prefix_is_added_and_taken_away(
+    tmp_path: Path, model_type: str, prefix: str, is_on_disk: bool
+) -> None:
+    bare, full = "blocks.0.proj", f"{prefix}.blocks.0.proj"
+    on_disk, trained = (full, bare) if is_on_disk else (bare, full)
+    base = base_of(tmp_path, {f"{on_disk}.weight": (12, 8)}, model_type=model_type)
+    assert places(base, pairs_of(tmp_path, {trained: (12, 8)})) == {f"{on_disk}.weight"}
 
 
-@pytest.mark.parametrize("target", ["audio.conv1.bias", ""])
-def test_a_target_like_nothing_in_the_base_has_no_near_miss(target: str) -> None:
-    assert near_misses(target, BASE) == []
-    assert suggest(target, BASE) == "is this the base the adapter was trained on?"
+def test_every_unmatched_tensor_is_named_with_its_nearest(tmp_path: Path) -> None:
+    base = base_of(tmp_path, {"model.layers.0.q_proj.weight": (12, 8), "model.layers.0.k_proj.weight": (12, 8)})
+    adapter = pairs_of(tmp_path, {"model.layers.0.q_prok": (12, 8), "model.layers.0.k_prok": (12, 8)})
+    with pytest.raises(RefusedError) as caught:
+        rawmerge.plan_merge(base, adapter)
+    assert [problem.subject.split(".")[-3] for problem in caught.value.problems] == ["k_prok", "q_prok"]
+    assert "did you mean 'model.layers.0.q_proj.weight'" in str(caught.value)
 
 
-def test_the_same_tensor_of_another_layer_is_no_near_miss() -> None:
-    assert near_misses("model.layers.7.self_attn.q_proj.weight", LLAMA) == []
-
-
-def test_an_empty_base_has_no_near_miss() -> None:
-    assert near_misses("model.norm.weight", []) == []
-
-
-def test_a_number_inside_another_is_no_match_by_segments() -> None:
-    base = ["model.layers.10.q_proj.weight", "model.layers.0.q_proj.weight"]
-    assert near_misses("layers.0.q_proj.weight", base) == ["model.layers.0.q_proj.weight"]
-
-
-def test_a_segment_that_ends_alike_is_no_match_by_segments() -> None:
-    assert near_misses("proj.weight", ["h.q_proj.weight", "h.proj.weight"]) == ["h.proj.weight"]
-
-
-def test_three_segments_in_common_are_a_match_however_different_the_rest_and_two_are_not() -> None:
-    base = ["a.wrapper.of.many.quite.different.modules.mlp.fc.weight"]
-    assert near_misses("x.mlp.fc.weight", base) == base
-    assert near_misses("x.y.fc.weight", base) == []
-
-
-def test_more_segments_in_common_come_first() -> None:
-    base = ["m.decoder.0.q.weight", "m.encoder.0.q.weight"]
-    assert near_misses("x.encoder.0.q.weight", base) == base[::-1]
-
-
-def test_at_most_three_names_are_listed_in_the_base_s_order() -> None:
-    base = [f"part{number}.norm.weight" for number in range(5)]
-    assert near_misses("norm.weight", base) == base[:3]
-    assert suggest("norm.weight", base[:2]).startswith(
-        "did you mean 'part0.norm.weight': the base with 'part0.' in front"
-    )
-
-
-def test_a_prefix_that_the_adapter_lacks_is_named() -> None:
-    hint = suggest("layers.0.self_attn.q_proj.weight", BASE)
-    assert hint.startswith("did you mean 'model.layers.0.self_attn.q_proj.weight': the base with 'model.' in front?")
-
-
-def test_a_prefix_that_the_base_lacks_is_named() -> None:
-    hint = suggest("wrapper.model.layers.0.self_attn.q_proj.weight", BASE)
-    assert hint.startswith("did you mean 'model.layers.0.self_attn.q_proj.weight': the base without 'wrapper.'?")
-
-
-def test_names_that_differ_inside_are_only_listed() -> None:
-    base = ["a.layers.0.q.weight", "b.layers.0.q.weight"]
-    assert suggest("c.layers.0.q.weight", base) == "did you mean 'a.layers.0.q.weight' or 'b.layers.0.q.weight'?"
-
-
-def test_a_hint_has_no_control_characters() -> None:
-    assert suggest("norm.weight", ["\x1b[31m.norm.weight"]).isprintable()
-
-
-@SETTINGS
-@given(module_paths(), st.lists(module_paths(), max_size=8, unique=True))
-def test_suggestions_are_names_of_the_base_without_repetition(target: str, base: list[str]) -> None:
-    found = near_misses(target, base)
-    assert len(found) == len(set(found)) <= 3
-    assert set(found) <= set(base)
-    assert suggest(target, base).isprintable()
-
-
-@SETTINGS
-@given(module_paths(), module_paths(), st.lists(module_paths(), max_size=8))
-def test_a_base_with_more_in_front_is_always_found(front: str, target: str, others: list[str]) -> None:
-    base = [name for name in others if not name.endswith(f".{target}")]
-    assert near_misses(target, [*base, f"{front}.{target}"])[0] == f"{front}.{target}"
+def test_modules_that_targets_name_and_the_file_lacks_are_told(tmp_path: Path) -> None:
+    base = base_of(tmp_path, {f"model.layers.{layer}.q_proj.weight": (12, 8) for layer in range(3)})
+    adapter = pairs_of(tmp_path, {"model.layers.0.q_proj": (12, 8)}, target_modules=["q_proj"])
+    (note,) = rawmerge.plan_merge(base, adapter).notes
+    assert "'model.layers.*.q_proj' (x 2)" in note

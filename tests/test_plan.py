@@ -77,8 +77,17 @@ def test_json_that_is_no_plan_is_refused(text: str) -> None:
         rawmerge.parse_plan(text)
 
 
-@pytest.mark.parametrize("option", [{"compute_dtype": "int8"}, {"dtype": "float8"}])
-def test_an_option_outside_its_choices_is_a_programmers_error(tiny: Paths, option: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"compute_dtype": "int8"},
+        {"dtype": "float8"},
+        {"vocab": "shrink"},
+        {"tokenizer": "mine"},
+        {"moe_lora_b_layout": "other"},
+    ],
+)
+def test_an_option_outside_its_choices_is_a_programmers_error(tiny: Paths, option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be one of"):
         rawmerge.plan_merge(*tiny, **option)
 
@@ -121,19 +130,37 @@ BAD_TENSORS = {
     ),
     "empty tensor": Bad(put(A, 0), PlanError, r"shape \[0\](.|\n)*ZeRO-3"),
     "no such module": Bad(rename("layers.0", "layers.7"), PlanError, r"a base tensor 'model\.layers\.7\.q_proj"),
-    "one prefix too many": Bad(
-        rename("model.model.model", "model.model.model.model"), PlanError, "the base without 'model.'"
-    ),
-    "one prefix too few": Bad(rename("model.model.model", "model.model"), PlanError, "the base with 'model.' in front"),
-    "no PEFT prefix": Bad(rename(PREFIX, ""), UnsupportedAdapterError, "a name without"),
-    "adapter name left in": Bad(rename(".weight", ".default.weight"), UnsupportedAdapterError, "PEFT does not save"),
     "DoRA magnitude": Bad(put(f"{PREFIX}{Q}.lora_magnitude_vector", 12), UnsupportedAdapterError, "DoRA magnitude"),
-    "LoRA bias": Bad(put(f"{PREFIX}{Q}.lora_B.bias", 12), UnsupportedAdapterError, "LoRA bias"),
-    "trained bias": Bad(put(f"{PREFIX}{Q}.base_layer.bias", 12), UnsupportedAdapterError, "trained bias"),
+    "LoRA bias": Bad(
+        put(f"{PREFIX}{Q}.lora_B.bias", 12), PlanError, r"'model\.layers\.0\.q_proj\.bias' that this bias"
+    ),
+    "trained bias": Bad(
+        put(f"{PREFIX}{Q}.base_layer.bias", 12), UnsupportedAdapterError, "or a bias that the config trains"
+    ),
     "token rows": Bad(
         put(f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 8),
-        UnsupportedAdapterError,
-        "trained token rows",
+        PlanError,
+        "trainable_token_indices that say which rows",
+    ),
+    "one module under two names": Bad(
+        lambda tensors: tensors.update({name.replace(PREFIX, "_orig_mod."): tensors[name].clone() for name in (A, B)}),
+        AdapterError,
+        "each tensor once",
+    ),
+    "one module at two depths": Bad(
+        lambda tensors: tensors.update(
+            {name.replace(f"{PREFIX}model.", PREFIX): tensors[name].clone() for name in (A, B)}
+        ),
+        PlanError,
+        "one pair for 'model.layers.0.q_proj.weight'",
+    ),
+    "two adapters": Bad(
+        lambda tensors: (
+            rename("layers.0.q_proj.lora_A", "layers.0.q_proj.lora_A.mine")(tensors),
+            rename("layers.1.q_proj.lora_A", "layers.1.q_proj.lora_A.yours")(tensors),
+        ),
+        AdapterError,
+        "those of 2: 'mine', 'yours'",
     ),
     "undeclared tensor": Bad(put(f"{PREFIX}model.norm.weight", 8), UnsupportedAdapterError, "modules_to_save"),
     "no tensor": Bad(lambda tensors: tensors.clear(), PlanError, "no tensor at all"),
@@ -149,6 +176,25 @@ def test_a_bad_adapter_is_refused_by_tensor_name(tiny: Paths, tmp_path: Path, na
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+GOOD_NAMES = {
+    "one prefix too many": rename("model.model.model", "model.model.model.model"),
+    "one prefix too few": rename("model.model.model", "model.model"),
+    "no PEFT prefix": rename(PREFIX, ""),
+    "adapter name left in": rename(".weight", ".default.weight"),
+    "compiled": rename(PREFIX, f"_orig_mod.{PREFIX}"),
+    "another tower's text model": rename("model.model.model", "model.model.language_model"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_NAMES)
+def test_other_names_of_the_same_modules_are_found(tiny: Paths, name: str) -> None:
+    expected = [(step.entry, type(step)) for step in rawmerge.plan_merge(*tiny).steps()]
+    edit_tensors(tiny[1], GOOD_NAMES[name])
+    plan = rawmerge.plan_merge(*tiny)
+    assert [(step.entry, type(step)) for step in plan.steps()] == expected
+    assert {use.use for use in plan.adapter_uses} == {"updates"}
+
+
 BAD_FIELDS: dict[str, tuple[dict[str, Any], type[RefusedError], str]] = {
     "missing alpha": ({"lora_alpha": ...}, AdapterError, "'lora_alpha'.*found nothing"),
     "zero alpha": ({"lora_alpha": 0}, AdapterError, "'lora_alpha'.*found 0"),
@@ -161,7 +207,7 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], type[RefusedError], str]] = {
     ),
     "unknown field": ({"use_magic": True}, UnsupportedAdapterError, "'use_magic'"),
     "DoRA": ({"use_dora": True}, UnsupportedAdapterError, "'use_dora'"),
-    "bias": ({"bias": "all"}, UnsupportedAdapterError, "'bias'.*'all'"),
+    "bias": ({"bias": "some"}, AdapterError, "'bias'.*'some'"),
     "PiSSA": ({"init_lora_weights": "pissa"}, UnsupportedAdapterError, "'init_lora_weights'.*pissa"),
     "another type": ({"peft_type": "IA3"}, UnsupportedAdapterError, "'peft_type'.*'IA3'"),
     "no type": ({"peft_type": ...}, UnsupportedAdapterError, "'peft_type'.*none"),
@@ -265,7 +311,11 @@ def test_modules_to_save_replace_and_are_told(tiny: Paths, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "shape", "says"),
-    [("model.norm", (9,), r"expected the base's shape \[8\], found \[9\]"), ("score", (2, 8), "'score.weight'.*none")],
+    [
+        ("model.norm", (9,), r"expected the base's shape \[8\], found \[9\]"),
+        ("model.embed_tokens", (20, 9), r"expected the base's shape \[20, 8\], found \[20, 9\]"),
+        ("model.embed_tokens", (19, 8), "1 rows less than the base's, which may be padded; --vocab overlay"),
+    ],
 )
 def test_a_replacement_that_does_not_fit_is_refused(tiny: Paths, name: str, shape: tuple[int, ...], says: str) -> None:
     edit_tensors(tiny[1], put(f"{PREFIX}{name}.weight", *shape))
@@ -439,12 +489,13 @@ def test_a_plan_runs_from_another_folder(tiny: Paths, tmp_path: Path, monkeypatc
     assert (tmp_path / "out/config.json").exists()
 
 
-def test_a_saved_head_of_a_tied_base_is_told(tmp_path: Path) -> None:
-    adapter = write_adapter(
-        tmp_path / "adapter", {f"{PREFIX}lm_head.weight": torch.ones(20, 8)}, modules_to_save=["lm_head"]
-    )
-    with pytest.raises(PlanError, match="the base ties its output to its input embedding"):
-        rawmerge.plan_merge(tied_base(tmp_path), adapter)
+def test_a_saved_head_of_a_tied_base_is_written_and_the_tie_undone(tmp_path: Path) -> None:
+    head = {f"{PREFIX}lm_head.weight": torch.ones(20, 8)}
+    adapter = write_adapter(tmp_path / "adapter", head, modules_to_save=["lm_head"])
+    plan = rawmerge.plan_merge(tied_base(tmp_path), adapter)
+    assert [(use.use, use.tensor_name) for use in plan.adapter_uses] == [("adds", "lm_head.weight")]
+    assert [step.entry.dtype for step in plan.steps() if step.entry.name == "lm_head.weight"] == ["BF16"]
+    assert [json.loads(file.text)["tie_word_embeddings"] for file in plan.written_files] == [False]
 
 
 @pytest.mark.parametrize(("name", "notes"), [("somewhere/base", 0), ("org/another", 1)])

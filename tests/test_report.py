@@ -31,7 +31,7 @@ from rawmerge.side_files import LeftOut, SideFile
 from tests.builders import lora_pair, random_tensor, write_adapter, write_base
 from tests.strategies import SETTINGS
 
-SUMMARY = MergeSummary("out", {"kept": 3, "updated": 2, "cast": 0, "replaced": 0}, (), 4_000_000, 2.0)
+SUMMARY = MergeSummary("out", {"kept": 3, "updated": 2, "cast": 0, "replaced": 0, "added": 0}, (), 4_000_000, 2.0)
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 HOSTILE = "a\x1b[31m\nb"
 
@@ -77,7 +77,7 @@ def test_a_size_is_right_to_a_hundredth_of_its_unit_and_below_a_thousand(count: 
 def test_a_plan_names_its_inputs_and_what_becomes_of_the_tensors(plan: MergePlan) -> None:
     text = plan_text(plan)
     assert lines_of(text, "base") == [plan.base_root]
-    assert lines_of(text, "adapter") == [f"{plan.adapter_root} (4 tensors, all used)"]
+    assert lines_of(text, "adapter") == [f"{plan.adapter_root} (4 tensors: 4 updates)"]
     assert lines_of(text, "compute") == ["float32, output dtype as stored"]
     assert lines_of(text, "tensors") == ["2 kept, 2 updated"]
     assert lines_of(text, "output") == [f"{format_bytes(plan.byte_count)} in 2 shards"]

@@ -53,7 +53,7 @@ def test_updated_tensors_are_peft_arithmetic_and_the_rest_is_kept_byte_for_byte(
     summary = rawmerge.merge_adapter(base, adapter, tmp_path / "out")
     before, after = read_all(base), read_all(tmp_path / "out")
     factors = read_all(adapter)
-    assert summary.counts == {"kept": 2, "updated": 2, "cast": 0, "replaced": 0}
+    assert summary.counts == {"kept": 2, "updated": 2, "cast": 0, "replaced": 0, "added": 0}
     for name, tensor in before.items():
         path = PREFIX + name.removesuffix(".weight")
         if "q_proj" in name:
@@ -148,7 +148,7 @@ def test_output_dtype_casts_floats_keeps_the_rest_and_config_follows(tmp_path: P
     assert raw(after["q.weight"]) == raw(merged(tensors["q.weight"].float(), *pair, ALPHA / RANK))
     assert raw(after["n.weight"]) == raw(tensors["n.weight"].float())
     assert raw(after["ids"]) == raw(tensors["ids"])
-    assert summary.counts == {"kept": 1, "updated": 1, "cast": 2, "replaced": 0}
+    assert summary.counts == {"kept": 1, "updated": 1, "cast": 2, "replaced": 0, "added": 0}
     text = (base / "config.json").read_text()
     assert (tmp_path / "out/config.json").read_text() == text.replace('"bfloat16"', '"float32"')
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
@@ -372,7 +372,7 @@ def test_an_adapter_that_only_replaces_is_merged(tmp_path: Path) -> None:
     trained = random_tensor((8,), seed=5)
     adapter = write_adapter(tmp_path / "adapter", {f"{PREFIX}norm.weight": trained}, modules_to_save=["norm"])
     summary = rawmerge.merge_adapter(base, adapter, tmp_path / "out")
-    assert summary.counts == {"kept": 1, "updated": 0, "cast": 0, "replaced": 1}
+    assert summary.counts == {"kept": 1, "updated": 0, "cast": 0, "replaced": 1, "added": 0}
     assert raw(read_all(tmp_path / "out")["norm.weight"]) == raw(trained)
 
 

@@ -6,10 +6,12 @@ The whole product is torch's own, with the threads it would use for PEFT.
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 import torch
 
+from rawmerge.methods.expert_lora import ExpertLoraMethod
 from rawmerge.methods.interface import TileContext
 from rawmerge.methods.lora import LoraMethod
 from rawmerge.tile_computer import TileScratch
@@ -55,3 +57,29 @@ def test_tiles_have_the_whole_product_s_bits(rank: int, is_transposed: bool, til
             update.apply(tiled[first : first + count], first, TileScratch())
         torch.set_num_threads(threads)
         assert torch.equal(tiled, expected + 0.0), (out_features, in_features)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("rank", [3, 16])
+def test_parts_of_experts_have_the_bits_of_torch_s_einsum(rank: int, is_transposed: bool) -> None:
+    threads, experts = torch.get_num_threads(), 3
+    equation = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
+    context = TileContext((), torch.float32, None)
+    for (rows, columns), cut in product([(30, 21), (5, 7), (600, 1100), (17, 15_001), (1500, 40)], (0, 0.5)):
+        generator = torch.Generator().manual_seed(rows)
+        width, height = (rows, columns) if is_transposed else (columns, rows)
+        lora_a = torch.randn(rank * experts, width, generator=generator)
+        lora_b = torch.randn(height, rank * experts, generator=generator)
+        expected = torch.einsum(equation, lora_b.view(height, -1, experts), lora_a.view(experts, -1, width))
+        for expert in range(experts):
+            settings = {"scaling": 1.0, "experts": experts, "rank": rank, "expert": expert}
+            settings |= {"is_transposed": is_transposed, "grouped_by_expert": False}
+            own = {"lora_a": lora_a[expert * rank : (expert + 1) * rank].clone(), "lora_b": lora_b}
+            update = ExpertLoraMethod().prepare(settings, own, context)
+            tiled, start = torch.zeros(rows, columns), int(rows * cut)
+            for begin, end in ((0, start), (start, rows)):
+                for first, count in tile_rows(end - begin, columns):
+                    torch.set_num_threads(threads if count == end - begin and is_low(count, columns) else 1)
+                    update.apply(tiled[begin + first : begin + first + count], begin + first, TileScratch())
+            torch.set_num_threads(threads)
+            assert torch.equal(tiled, expected[expert] + 0.0), (rows, columns, expert)

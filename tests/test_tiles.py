@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawmerge.tiles import ROW_BLOCK, TILE_ELEMENTS, matrix_shape, tile_rows
+from rawmerge.tiles import ROW_BLOCK, TILE_ELEMENTS, elementwise_shape, matrix_shape, tile_rows
 from tests.strategies import SETTINGS
 
 LOWEST = 16  # fewer rows change bits: see the module
@@ -54,6 +54,9 @@ def test_tiles_are_of_one_height_but_for_the_last(rows: int, columns: int, size:
 @given(rows_of_a_tensor, columns_of_a_tensor, tile_sizes)
 def test_a_tile_exceeds_its_size_by_less_than_two_blocks(rows: int, columns: int, size: int) -> None:
     block = ROW_BLOCK if columns <= 2**16 else LOWEST
+    if columns < LOWEST and rows * columns <= 8 * TILE_ELEMENTS:
+        assert len(list(tile_rows(rows, columns, size))) == bool(rows and columns)  # narrow: never cut
+        return
     largest = max((count for _, count in tile_rows(rows, columns, size)), default=0)
     assert largest * columns < max(size, block * columns) + block * max(columns, 1)
 
@@ -89,3 +92,29 @@ def test_examples(rows: int, columns: int, tiles: list[tuple[int, int]]) -> None
 def test_a_tensor_is_a_matrix_of_its_first_dimension(shape: tuple[int, ...], matrix: tuple[int, int]) -> None:
     assert matrix_shape(shape) == matrix
     assert prod(matrix) == prod(shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix"),
+    [
+        ((), (1, 1)),
+        ((5,), (5, 1)),
+        ((5, 3), (5, 3)),
+        ((128, 2880, 5760), (128 * 2880, 5760)),
+        ((4, 3, 2, 20), (24, 20)),
+        ((64, 32, 3, 3), (64, 288)),
+        ((4, 3, 5, 5), (12, 25)),
+        ((0, 7, 20), (0, 20)),
+        ((3, 0, 20), (0, 20)),
+    ],
+)
+def test_a_tensor_without_products_is_a_matrix_of_its_last_dimension_if_that_is_not_narrow(
+    shape: tuple[int, ...], matrix: tuple[int, int]
+) -> None:
+    assert elementwise_shape(shape) == matrix
+    assert prod(matrix) == prod(shape)
+
+
+def test_an_update_of_few_columns_is_not_cut() -> None:
+    assert len(list(tile_rows(3000, 300, 2**16))) > 1
+    assert list(tile_rows(3000, 300, 2**16, product_columns=15)) == [(0, 3000)]

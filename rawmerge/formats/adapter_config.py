@@ -9,37 +9,54 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from rawmerge.errors import AdapterError, Problem, ProblemCollector, UnsupportedAdapterError
+from rawmerge.formats.adapter_values import as_regex, bad_values
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 
 CONFIG_NAME: Final = "adapter_config.json"
 SUPPORTED_TYPES: Final = ("LORA",)
 
-#: Fields that change the merge, and are followed.
+#: Fields that change the merge and are followed, or that tell whether base and adapter belong together.
 SUPPORTED_FIELDS: Final = frozenset(
-    ["alpha_pattern", "fan_in_fan_out", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern", "use_rslora"]
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "layer_replication",
+        "lora_B_layout",
+        "lora_alpha",
+        "lora_bias",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_rslora",
+    ]
 )
 #: Fields that say how the adapter was trained, or repeat what its tensors say; they do not change a merge.
 IGNORED_FIELDS: Final = frozenset(
     [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "exclude_modules",
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",
         "lora_dropout",
         "megatron_core",
-        "peft_version",
         "qalora_group_size",
-        "revision",
         "runtime_config",
-        "target_modules",
-        "task_type",
         "eva_config",
         "loftq_config",
         "corda_config",
@@ -50,15 +67,9 @@ IGNORED_FIELDS: Final = frozenset(
 REFUSED_FIELDS: Final = {
     "alora_invocation_tokens": "aLoRA acts on some tokens only, so it has no place in the weights",
     "arrow_config": "Arrow routes each token between adapters, so it has no place in the weights",
-    "bias": "trained biases are not merged yet; PEFT can",
-    "ensure_weight_tying": "adapters on tied weights are not merged yet; PEFT can",
     "kasa_config": "KaSA changes the base before the delta is added; not merged yet; PEFT can",
-    "layer_replication": "replicated layers are not written yet",
-    "lora_bias": "a bias in lora_B is not merged yet; PEFT can",
     "megatron_config": "Megatron shards are not PEFT tensors",
     "monteclora_config": "MonteCLoRA is not merged yet; PEFT can",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not merged yet; PEFT can",
-    "trainable_token_indices": "trained token rows are not merged yet; PEFT can",
     "use_bdlora": "block-diagonal LoRA is not merged yet; PEFT can",
     "use_dora": "DoRA is not merged yet; PEFT can",
     "use_qalora": "QALoRA merges into quantised weights only",
@@ -66,13 +77,17 @@ REFUSED_FIELDS: Final = {
 }
 #: Values of `init_lora_weights` after which the stored pair is a plain LoRA on the unchanged base.
 PLAIN_INITS: Final = frozenset({"eva", "gaussian", "orthogonal"})
+#: How the columns of an experts' lora_B are ordered, as Unsloth marks it: PEFT's way, or Unsloth's of old.
+LORA_B_LAYOUTS: Final = ("rank_major", "grouped_by_expert")
+#: Heads that PEFT adds to `modules_to_save` by itself: task type to module names (`peft_model.py`).
+TASK_HEADS: Final = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 _T = TypeVar("_T")
-
-
-#: Repeats (`*`, `+`, `{…}`) that a pattern may have: each one more multiplies the time by the path's length.
-MAX_REPEATS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +102,44 @@ class AdapterConfig:
         use_rslora: scaling is alpha / sqrt(rank) instead of alpha / rank.
         fan_in_fan_out: PEFT's flag for weights stored (in, out); that of the module it visited last.
         modules_to_save: names of modules that the adapter stores whole.
-        base_model_name: `base_model_name_or_path`, for information.
+        base_model_name: `base_model_name_or_path`, or empty.
+        bias: which biases were trained and are stored: `none`, `all` or `lora_only`, those of targeted modules.
+        lora_bias: pairs have a bias too, scaled as they are.
+        target_parameters: bare parameters that have pairs, as for `matches_target`; the names of pairs lack them.
+        token_indices: module (any path that ends in it, dot or not) to its trained rows, in the order of the stored
+            rows; the module "" is the model's input embedding.
+        layer_replication: ranges of the base's layers that the trained model's layers are, one range after another.
+        ensure_weight_tying: what is trained on the input embedding holds for a tied output embedding too.
+        lora_b_layout: order of an experts' lora_B, one of `LORA_B_LAYOUTS`, or empty: PEFT's.
+        revision: commit or branch of the base, or empty.
+        task_type: PEFT's kind of head, as `CAUSAL_LM`, or empty.
+        peft_version: version of PEFT that saved the adapter, or empty: before 0.18.
+        base_model_class: class of the trained model, or empty; PEFT states it where there is no task type.
+        target_modules: modules that were to have pairs: a regular expression, or names as for `matches_target`.
+        exclude_modules: modules that were not, in the same two ways.
     """
 
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    use_rslora: bool
-    fan_in_fan_out: bool
-    modules_to_save: tuple[str, ...]
-    base_model_name: str
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    base_model_name: str = ""
+    bias: str = "none"
+    lora_bias: bool = False
+    target_parameters: tuple[str, ...] = ()
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    layer_replication: tuple[tuple[int, int], ...] = ()
+    ensure_weight_tying: bool = False
+    lora_b_layout: str = ""
+    revision: str = ""
+    task_type: str = ""
+    peft_version: str = ""
+    base_model_class: str = ""
+    target_modules: str | tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
 
     def rank_of(self, module_path: str) -> int:
         """Return the rank that the config states for a module (path without `base_model.model.`)."""
@@ -113,6 +155,24 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
+def matches_target(targets: Iterable[str], path: str) -> bool:
+    """Return whether a list of targets names `path`: it, or the end of it at a dot.
+
+    Source: PEFT `tuners/tuners_utils.py` `check_target_module_exists` and `_inject_parameters`.
+    """
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def is_saved_module(config: AdapterConfig, module_path: str) -> bool:
+    """Return whether PEFT stores a module whole, or one above it: any path that ends in a name, dot or not.
+
+    Source: PEFT `utils/other.py` `_set_trainable`.
+    """
+    names = (*config.modules_to_save, *TASK_HEADS.get(config.task_type, ()))
+    parts = module_path.split(".")
+    return any(".".join(parts[: count + 1]).endswith(names) for count in range(len(parts)))
+
+
 def _first_match(pattern: Mapping[str, _T], module_path: str, default: _T) -> _T:
     for key, value in pattern.items():
         if _compiled(key).match(module_path):
@@ -122,11 +182,7 @@ def _first_match(pattern: Mapping[str, _T], module_path: str, default: _T) -> _T
 
 @lru_cache(maxsize=65536)  # one key per module is common, and more than re keeps
 def _compiled(key: str) -> re.Pattern[str]:
-    return re.compile(_as_regex(key))
-
-
-def _as_regex(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+    return re.compile(as_regex(key))
 
 
 def parse_adapter_config(raw: bytes, path: str) -> AdapterConfig:
@@ -143,7 +199,7 @@ def parse_adapter_config(raw: bytes, path: str) -> AdapterConfig:
     _check_type(fields)
     problems = ProblemCollector()
     problems.add(UnsupportedAdapterError, _unsupported_fields(fields))
-    problems.add(AdapterError, _bad_values(fields))
+    problems.add(AdapterError, bad_values(fields))
     problems.raise_if_any()
     return AdapterConfig(
         rank=fields["r"],
@@ -153,8 +209,30 @@ def parse_adapter_config(raw: bytes, path: str) -> AdapterConfig:
         use_rslora=bool(fields.get("use_rslora")),
         fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
-        base_model_name=str(fields.get("base_model_name_or_path") or ""),
+        base_model_name=fields.get("base_model_name_or_path") or "",
+        bias=fields.get("bias") or "none",
+        lora_bias=bool(fields.get("lora_bias")),
+        target_parameters=tuple(fields.get("target_parameters") or ()),
+        token_indices=_token_indices(fields.get("trainable_token_indices") or {}),
+        layer_replication=tuple((start, end) for start, end in fields.get("layer_replication") or ()),
+        ensure_weight_tying=bool(fields.get("ensure_weight_tying")),
+        lora_b_layout=fields.get("lora_B_layout") or "",
+        revision=fields.get("revision") or "",
+        task_type=fields.get("task_type") or "",
+        peft_version=fields.get("peft_version") or "",
+        base_model_class=(fields.get("auto_mapping") or {}).get("base_model_class") or "",
+        target_modules=_pattern_or_names(fields.get("target_modules") or ()),
+        exclude_modules=_pattern_or_names(fields.get("exclude_modules") or ()),
     )
+
+
+def _token_indices(value: Mapping[str, list[int]] | list[int]) -> Mapping[str, tuple[int, ...]]:
+    tables = {"": value} if isinstance(value, list) else value
+    return {module: tuple(indices) for module, indices in tables.items()}
+
+
+def _pattern_or_names(value: str | Iterable[str]) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value)
 
 
 def _check_type(fields: Mapping[str, Any]) -> None:
@@ -169,12 +247,14 @@ def _check_type(fields: Mapping[str, Any]) -> None:
 
 def _unsupported_fields(fields: Mapping[str, Any]) -> Iterable[Problem]:
     for name, value in fields.items():
-        if not value or (name == "bias" and value == "none"):
+        if not value:
             continue
         if name in REFUSED_FIELDS:
             yield Problem(name, "it to be unset", ascii(value)[:80], REFUSED_FIELDS[name])
         elif name == "init_lora_weights":
             yield from _unsupported_init(value)
+        elif name == "lora_B_layout" and value not in LORA_B_LAYOUTS:
+            yield Problem(name, f"one of {', '.join(LORA_B_LAYOUTS)}", ascii(value)[:80])
         elif name not in SUPPORTED_FIELDS and name not in IGNORED_FIELDS:
             hint = "a newer PEFT may mean something by it that would be lost; remove it if you know it does not"
             yield Problem(name, "a config field that rawmerge knows", ascii(value)[:80], hint)
@@ -185,55 +265,3 @@ def _unsupported_init(value: object) -> Iterable[Problem]:
         hint = "it changed the base in training; PEFT converts such adapters: path_initial_model_for_weight_conversion"
         plain = ", ".join(sorted(PLAIN_INITS))
         yield Problem("init_lora_weights", f"true, false or one of {plain}", ascii(value)[:80], hint)
-
-
-def _bad_values(fields: Mapping[str, Any]) -> Iterable[Problem]:
-    if not _is_rank(fields.get("r")):
-        yield Problem("r", "a positive whole number", _describe(fields, "r"))
-    if not _is_alpha(fields.get("lora_alpha")):
-        hint = "without alpha the scaling is unknown; take it from the training script"
-        yield Problem("lora_alpha", "a finite number other than 0", _describe(fields, "lora_alpha"), hint)
-    yield from _bad_pattern(fields, "rank_pattern", _is_rank)
-    yield from _bad_pattern(fields, "alpha_pattern", _is_alpha)
-    for name in ("use_rslora", "fan_in_fan_out"):
-        if not isinstance(fields.get(name) or False, bool):
-            yield Problem(name, "true or false", _describe(fields, name))
-    saved = fields.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        yield Problem("modules_to_save", "a list of module names", _describe(fields, "modules_to_save"))
-
-
-def _bad_pattern(fields: Mapping[str, Any], name: str, is_valid: Any) -> Iterable[Problem]:
-    pattern = fields.get(name) or {}
-    if not isinstance(pattern, dict):
-        yield Problem(name, "a table from module pattern to number", _describe(fields, name))
-        return
-    for key, value in pattern.items():
-        if not is_valid(value):
-            yield Problem(f"{name}[{key[:80]!r}]", "a number that can be used", ascii(value)[:80])
-        try:
-            re.compile(_as_regex(key))  # as it will be used: flags are legal at the start only
-        except (re.error, RecursionError, OverflowError) as error:
-            yield Problem(f"{name}[{key[:80]!r}]", "a regular expression", str(error)[:120])
-        if _may_explode(key):
-            expected = f"at most {MAX_REPEATS} repeats, and none of a group: others can take for ever"
-            yield Problem(f"{name}[{key[:80]!r}]", expected, "more", "list the modules one by one")
-
-
-def _may_explode(key: str) -> bool:
-    """Whether matching could take exponential time, or a high power of the path's length."""
-    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", key)
-    return len(re.findall(r"[*+{]", plain)) > MAX_REPEATS or bool(re.search(r"\)[*+{]", plain))
-
-
-def _is_rank(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_alpha(value: object) -> bool:
-    is_number = (type(value) is int and abs(value) < 2**53) or (type(value) is float and math.isfinite(value))
-    return is_number and value != 0
-
-
-def _describe(fields: Mapping[str, Any], name: str) -> str:
-    return ascii(fields[name])[:80] if name in fields else "nothing"

@@ -7,12 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
+#: What a method may note for `prepare`, besides the tensors; a plan keeps it as JSON.
+Setting: TypeAlias = bool | int | float | str | tuple[int, ...]
+
+
+def number(settings: Mapping[str, Setting], name: str) -> float:
+    """Return a setting that is a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    value = settings[name]
+    if not isinstance(value, int | float):
+        raise TypeError(f"setting {name} must be a number, not {value!r}")
+    return value
 
 
 class ShapeMismatchError(ValueError):
@@ -31,16 +45,20 @@ class ModuleFacts:
     """What a method may know about a module when it is planned.
 
     Attributes:
-        base_shape: shape of the base tensor.
+        base_shape: shape of the base tensor; where updates change a part of it only, of that part.
         rank: the rank that the config states for the module.
         scaling: alpha / rank or what the config makes of it, dimensionless.
         square_is_transposed: for a square weight, whether it is stored (in, out); None where that is undecidable.
+        rounds_delta: whether PEFT rounds the delta to the base's dtype before it adds it, whatever the kind's habit.
+        token_indices: which rows of the base the adapter's rows replace.
     """
 
     base_shape: Shape
     rank: int
     scaling: float
     square_is_transposed: bool | None
+    rounds_delta: bool = False
+    token_indices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +90,9 @@ class PreparedUpdate(Protocol):
         """Change `tile` in place.
 
         Args:
-            tile: (rows, columns) of the base tensor seen as (shape[0], everything else), in compute dtype.
-            first_row: which row of the tensor the tile begins with.
+            tile: (rows, columns) of the tensor's matrix view, or those of its columns that the update changes, in
+                compute dtype; never rows of two products.
+            first_row: which row of the update's own matrix the tile begins with.
             scratch: the calling thread's memory.
         """
 
@@ -81,7 +100,7 @@ class PreparedUpdate(Protocol):
 class Method(Protocol):
     """One adapter kind."""
 
-    def settings(self, shapes: Mapping[str, Shape], facts: ModuleFacts) -> Mapping[str, bool | int | float | str]:
+    def settings(self, shapes: Mapping[str, Shape], facts: ModuleFacts) -> Mapping[str, Setting]:
         """Check shapes (role to shape) and return what `prepare` needs to know besides the tensors.
 
         Raises:
@@ -90,7 +109,7 @@ class Method(Protocol):
 
     def prepare(
         self,
-        settings: Mapping[str, bool | int | float | str],
+        settings: Mapping[str, Setting],
         tensors: Mapping[str, torch.Tensor],
         context: TileContext,
     ) -> PreparedUpdate:

@@ -11,19 +11,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from rawmerge.methods.interface import ModuleFacts, Scratch, Shape, ShapeMismatchError, TileContext
+from rawmerge.methods.interface import (
+    ModuleFacts,
+    Scratch,
+    Setting,
+    Shape,
+    ShapeMismatchError,
+    TileContext,
+    number,
+)
 
 if TYPE_CHECKING:
     import torch
 
 KIND: Final = "lora"
+#: Up to this size a product is computed whole where a part of it is asked for: the bits of a low product's rows depend
+#: on how it is cut.
+WHOLE_ELEMENTS: Final = 2**18
 PAIRS: Final = (("lora_a", "lora_b"), ("lora_embedding_a", "lora_embedding_b"))
 
 
 class LoraMethod:
     """Plain LoRA and rsLoRA; the two differ in the scaling only."""
 
-    def settings(self, shapes: Mapping[str, Shape], facts: ModuleFacts) -> Mapping[str, bool | float]:
+    def settings(self, shapes: Mapping[str, Shape], facts: ModuleFacts) -> Mapping[str, Setting]:
         """Return `scaling`, `is_transposed` (delta transposed) and `rounds_delta` (PEFT rounds the delta first).
 
         Shapes: lora_a (rank, in, *kernel), lora_b (out, rank, 1…), base (out, in, *kernel) or (in, out);
@@ -43,11 +54,12 @@ class LoraMethod:
                 f"a delta of {list(expected)}",
                 _mismatch_hint(delta_shape, facts.base_shape),
             )
-        return {"scaling": facts.scaling, "is_transposed": is_transposed, "rounds_delta": is_embedding}
+        rounds_delta = is_embedding or facts.rounds_delta
+        return {"scaling": facts.scaling, "is_transposed": is_transposed, "rounds_delta": rounds_delta}
 
     def prepare(
         self,
-        settings: Mapping[str, bool | int | float | str],
+        settings: Mapping[str, Setting],
         tensors: Mapping[str, torch.Tensor],
         context: TileContext,
     ) -> PreparedLora:
@@ -56,7 +68,7 @@ class LoraMethod:
         return PreparedLora(
             lora_a=lora_a.to(context.compute_dtype),
             lora_b=lora_b.to(context.compute_dtype),
-            scaling=float(settings["scaling"]),
+            scaling=number(settings, "scaling"),
             is_transposed=bool(settings["is_transposed"]),
             rounding_dtype=context.rounding_dtype if settings["rounds_delta"] else None,
         )
@@ -88,11 +100,15 @@ class PreparedLora:
 
     def _delta(self, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Return rows `start` to `stop` of the unscaled delta, (rows, columns)."""
+        if self.lora_a.dim() > 2:
+            return self._convolution_delta(start, stop)
+        rows, columns = self.lora_b.shape[0], self.lora_a.shape[1]
+        if rows * columns <= WHOLE_ELEMENTS:
+            whole = _product(self.lora_b, self.lora_a, scratch)
+            return (whole.T if self.is_transposed else whole)[start:stop]
         if self.is_transposed:
             return _product(self.lora_b, self.lora_a[:, start:stop], scratch).T
-        if self.lora_a.dim() == 2:
-            return _product(self.lora_b[start:stop], self.lora_a, scratch)
-        return self._convolution_delta(start, stop)
+        return _product(self.lora_b[start:stop], self.lora_a, scratch)
 
     def _convolution_delta(self, start: int, stop: int) -> torch.Tensor:
         # PEFT multiplies by convolving A with B; for small tensors its bits differ from those of a plain product
@@ -112,11 +128,20 @@ def _product(lora_b: torch.Tensor, lora_a: torch.Tensor, scratch: Scratch) -> to
     return torch.mm(lora_b, lora_a, out=delta)
 
 
+def check_gathered(role: str, shape: Shape) -> None:
+    """Refuse a factor that is no matrix.
+
+    Raises:
+        ShapeMismatchError: it is empty, or has one dimension or none.
+    """
+    if 0 in shape or len(shape) < 2:
+        hint = "an empty or flat factor comes from a ZeRO-3 or FSDP save that was not gathered; save it again"
+        raise ShapeMismatchError(role, "a matrix", f"shape {list(shape)}", hint)
+
+
 def _check_dimensions(role_a: str, shape_a: Shape, role_b: str, shape_b: Shape, facts: ModuleFacts) -> None:
-    for role, shape in ((role_a, shape_a), (role_b, shape_b)):
-        if 0 in shape or len(shape) < 2:
-            hint = "an empty or flat factor comes from a ZeRO-3 or FSDP save that was not gathered; save it again"
-            raise ShapeMismatchError(role, "a matrix", f"shape {list(shape)}", hint)
+    check_gathered(role_a, shape_a)
+    check_gathered(role_b, shape_b)
     dimensions = len(facts.base_shape)
     if len(shape_a) != dimensions or not 2 <= dimensions <= 5:
         expected = f"{dimensions} dimensions like the base's {list(facts.base_shape)}"

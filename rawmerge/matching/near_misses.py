@@ -1,4 +1,4 @@
-"""From the adapter's names to the base's: exact names, and suggestions where nothing fits exactly."""
+"""What a name may have meant that no base tensor answers to: suggestions for a refusal, never a match."""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""What becomes of every adapter tensor, gathered while an adapter is matched to a base."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from rawmerge.adapter import Adapter
+from rawmerge.base_checkpoint import BaseCheckpoint
+from rawmerge.errors import ProblemCollector
+from rawmerge.formats.adapter_names import AdapterTensorName
+from rawmerge.matching.places import Piece, Place
+from rawmerge.merge_plan import AdapterUse, Setting, Update, Window
+from rawmerge.tensor_source import TensorSource
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A tensor that the base lacks.
+
+    Attributes:
+        source: where its values come from, the adapter or a base tensor that it was tied to.
+        beside: the base tensor whose shard takes it, an empty string for the last shard.
+        like: the base tensor whose dtype it gets, an empty string for the base's usual one.
+    """
+
+    source: TensorSource
+    beside: str = ""
+    like: str = ""
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What the output takes from the adapter, and the account of each adapter tensor.
+
+    Attributes:
+        updates: output tensor to the updates that it gets, in order.
+        replacements: base tensor to the adapter tensor that replaces it.
+        overlays: base tensor to the adapter tensor that takes the place of its first rows.
+        additions: tensors that the base lacks.
+        columns: tensors that are cut in another matrix view than the default one, and its columns.
+        cuts: rows of that view at which a product begins.
+        embeddings: tensors that an embedding pair updates.
+        uses: the account; notes: what a user may want to know.
+    """
+
+    base: BaseCheckpoint
+    adapter: Adapter
+    problems: ProblemCollector = field(default_factory=ProblemCollector)
+    updates: dict[str, list[Update]] = field(default_factory=lambda: defaultdict(list))
+    replacements: dict[str, TensorSource] = field(default_factory=dict)
+    overlays: dict[str, TensorSource] = field(default_factory=dict)
+    additions: dict[str, Addition] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
+    cuts: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    embeddings: set[str] = field(default_factory=set)
+    uses: list[AdapterUse] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape that a tensor has before it is updated; of an overlaid one, that of the rows laid over."""
+        for source in (self.overlays.get(name), self.replacements.get(name), self.base.tensors.get(name)):
+            if source:
+                return source.shape
+        return self.additions[name].source.shape
+
+    def place_shape(self, place: Place) -> tuple[int, ...]:
+        """Return the shape that updates of this place meet."""
+        is_known = place.name in self.overlays or place.name in self.replacements or place.name in self.additions
+        return self.shape_of(place.name) if place.is_whole and is_known else place.shape
+
+    def source(self, name: AdapterTensorName) -> TensorSource:
+        """Return the adapter's tensor of that name."""
+        return self.adapter.tensors[name.text]
+
+    def account(self, names: Iterable[AdapterTensorName], use: str, place: Place | str, reason: str = "") -> None:
+        """Record what became of adapter tensors."""
+        tensors = [place] if isinstance(place, str) else list(dict.fromkeys(place.tensors))
+        shown = tensors[0] if len(tensors) == 1 else ", ".join(dict.fromkeys(map(_without_expert, tensors)))
+        self.uses.extend(AdapterUse(name.text, use, shown, len(tensors), reason) for name in names)
+
+    def update_whole(
+        self, place: Place, kind: str, tensors: Mapping[str, TensorSource], settings: Mapping[str, Setting]
+    ) -> None:
+        """Record an update of a place that is one disk tensor."""
+        is_part = place.name in self.overlays
+        window = Window(row=0, row_count=self.overlays[place.name].shape[0]) if is_part else None
+        self.updates[place.name].append(Update(kind, tensors, settings, window))
+        if is_part:
+            self.cuts[place.name].add(self.overlays[place.name].shape[0])
+
+    def update_piece(
+        self,
+        place: Place,
+        piece: Piece,
+        update: Update,
+        delta_row: int,
+    ) -> None:
+        """Record an update of some rows of a disk tensor; the delta's row `delta_row` goes to the first of them."""
+        is_all = not piece.row and piece.rows == self.base.tensors[piece.tensor].shape[0] and piece.columns < 0
+        window = Window(piece.row, piece.rows, delta_row, piece.column, piece.column_step, piece.columns)
+        self.updates[piece.tensor].append(Update(update.kind, update.tensors, update.settings, window))
+        if place.view_columns and len(self.base.tensors[piece.tensor].shape) > 2:
+            self.columns[piece.tensor] = place.view_columns
+        if not is_all:
+            self.cuts[piece.tensor] |= {piece.row, piece.row + piece.rows} - {0}
+
+
+def _without_expert(name: str) -> str:
+    """Return the name with its last number, an expert's, folded to `*`."""
+    segments = name.split(".")
+    last = max((place for place, segment in enumerate(segments) if segment.isdigit()), default=-1)
+    return ".".join("*" if place == last else segment for place, segment in enumerate(segments))

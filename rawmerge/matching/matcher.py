@@ -1,0 +1,126 @@
+"""Which adapter tensor goes to which base tensor: every one of them is accounted for, or the merge is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rawmerge.adapter import Adapter
+from rawmerge.base_checkpoint import BaseCheckpoint
+from rawmerge.errors import AdapterError, PlanError, Problem, UnsupportedAdapterError, quote
+from rawmerge.formats.adapter_names import (
+    AdapterTensorName,
+    adapter_names,
+    describe_foreign,
+    find_duplicates,
+    parse_adapter_names,
+)
+from rawmerge.matching.disk_names import DiskNames
+from rawmerge.matching.ledger import Addition, Ledger
+from rawmerge.matching.lora_matching import LoraMatcher
+from rawmerge.matching.naming import NameResolver
+from rawmerge.matching.stored_matching import StoredMatcher
+from rawmerge.matching.tied_embeddings import TieSettlement, check_unknown_tie, find_tie
+from rawmerge.matching.unmatched import Unmatched
+from rawmerge.matching.untouched import untouched_note
+from rawmerge.matching.vocabulary import check_vocabulary
+from rawmerge.merge_options import MergeOptions
+from rawmerge.merge_plan import AdapterUse, Update
+from rawmerge.tensor_source import TensorSource
+
+_STORED = frozenset({"stored", "stored_base", "saved_copy", "original_copy"})
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Where the adapter's tensors go.
+
+    Attributes:
+        updates: output tensor name to the updates it gets, in order.
+        replacements: base tensor name to the adapter tensor that replaces it.
+        overlays: base tensor name to the adapter tensor that takes the place of its first rows.
+        additions: output tensors that the base lacks.
+        columns: tensor name to the columns of its matrix view, where that is not the default.
+        cuts: tensor name to the rows of that view at which a product begins.
+        is_untied: whether a tie of input and output embedding is undone.
+        uses: every adapter tensor, in file order.
+        notes: what a user may want to know.
+    """
+
+    updates: Mapping[str, tuple[Update, ...]]
+    replacements: Mapping[str, TensorSource]
+    overlays: Mapping[str, TensorSource]
+    additions: Mapping[str, Addition]
+    columns: Mapping[str, int]
+    cuts: Mapping[str, tuple[int, ...]]
+    is_untied: bool
+    uses: tuple[AdapterUse, ...]
+    notes: tuple[str, ...]
+
+
+def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions) -> Matches:
+    """Return where each adapter tensor goes.
+
+    Raises:
+        PlanError, AdapterError, UnsupportedAdapterError: with every tensor that finds no place, or does not fit.
+    """
+    ledger = Ledger(base, adapter)
+    names = parse_adapter_names(adapter.tensors)
+    _check_names(ledger, names)
+    disk_names = DiskNames(base, adapter.config.base_model_class)
+    resolver, unmatched = NameResolver(disk_names), Unmatched(base, disk_names)
+    tie = find_tie(base.config, disk_names)
+    stored = StoredMatcher(ledger, resolver, unmatched, tie, options.vocab, options.force)
+    stored.match(name for name in names if name.role in _STORED)
+    pairs = (name for name in names if name.role not in {*_STORED, "foreign", "token_rows"})
+    LoraMatcher(ledger, resolver, unmatched, tie, options.moe_lora_b_layout).match(pairs)
+    stored.match_rows(name for name in names if name.role == "token_rows")
+    ledger.problems.raise_if_any()
+    if note := untouched_note(disk_names, adapter.config, ledger.updates.keys()):
+        ledger.notes.append(note)
+    if tie is None:
+        check_unknown_tie(base.config, ledger)
+    is_untied = bool(tie and TieSettlement(tie, ledger).settle())
+    check_vocabulary(ledger)
+    ledger.problems.raise_if_any()
+    return _matches(ledger, is_untied)
+
+
+def _matches(ledger: Ledger, is_untied: bool) -> Matches:
+    order = {name: place for place, name in enumerate(ledger.adapter.tensors)}
+    return Matches(
+        updates={name: tuple(updates) for name, updates in ledger.updates.items() if updates},
+        replacements=ledger.replacements,
+        overlays=ledger.overlays,
+        additions=ledger.additions,
+        columns=ledger.columns,
+        cuts={name: tuple(sorted(cuts)) for name, cuts in ledger.cuts.items()},
+        is_untied=is_untied,
+        uses=tuple(sorted(ledger.uses, key=lambda use: order[use.name])),
+        notes=tuple(ledger.notes),
+    )
+
+
+def _check_names(ledger: Ledger, names: Iterable[AdapterTensorName]) -> None:
+    """Refuse what is not LoRA's, names that mean the same, and files of several adapters."""
+    names = list(names)
+    if not names:
+        problem = Problem(str(ledger.adapter.weights.path), "tensors of a LoRA adapter", "no tensor at all")
+        raise PlanError(problem)
+    foreign = (foreign_problem(name.text) for name in names if name.role == "foreign")
+    ledger.problems.add(UnsupportedAdapterError, foreign)
+    twice = (
+        Problem(second, "each tensor once", f"{quote(first)}, which means the same")
+        for first, second in find_duplicates(names)
+    )
+    ledger.problems.add(AdapterError, twice)
+    if len(kept := sorted(adapter_names(names))) > 1:
+        found = f"those of {len(kept)}: {', '.join(map(quote, kept[:10]))}"
+        problem = Problem(str(ledger.adapter.weights.path), "the tensors of one adapter", found, "save each on its own")
+        ledger.problems.add(AdapterError, [problem])
+
+
+def foreign_problem(name: str) -> Problem:
+    """Return why a tensor of this name is not merged."""
+    expected = "a tensor of a LoRA pair, or of a module in modules_to_save"
+    return Problem(name, expected, describe_foreign(name), "this version does not merge it")

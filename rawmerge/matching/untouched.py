@@ -1,0 +1,49 @@
+"""Modules of the base that `target_modules` names and the adapter has no tensors for: information, never an error.
+
+An adapter may well have been trained on some layers only; but a name in the list that nothing answers to is often the
+first sign of a broken save.
+
+Source: PEFT 0.21.2 `tuners/tuners_utils.py` `check_target_module_exists`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Final
+
+from rawmerge.errors import quote
+from rawmerge.formats.adapter_config import AdapterConfig, matches_target
+from rawmerge.matching.disk_names import DiskNames
+
+_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+_MAX_FAMILIES: Final = 8
+
+
+def untouched_note(names: DiskNames, config: AdapterConfig, changed: Collection[str]) -> str:
+    """Return a note on modules that the config targets and no update changes; empty where there are none.
+
+    Args:
+        names: the base's tensors.
+        config: the adapter's config; a `target_modules` that is a pattern is not followed.
+        changed: base tensors that the adapter updates.
+    """
+    missed = Counter(_NUMBER.sub("*", path) for path in _untouched(names, config, changed))
+    if not missed:
+        return ""
+    listed = [f"{quote(path)}{f' (x {count})' if count > 1 else ''}" for path, count in missed.items()]
+    more = f" and {len(listed) - _MAX_FAMILIES} more" if len(listed) > _MAX_FAMILIES else ""
+    return f"target_modules also names, and the adapter has no tensors for: {', '.join(listed[:_MAX_FAMILIES])}{more}"
+
+
+def _untouched(names: DiskNames, config: AdapterConfig, changed: Collection[str]) -> Iterator[str]:
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return
+    for name, source in names.tensors.items():
+        if name in changed or len(source.shape) < 2 or not name.endswith(".weight"):
+            continue
+        paths = {path.removesuffix(".weight") for path in (name, names.family.canonical(name))}
+        if any(matches_target(targets, path) for path in paths):
+            yield name.removesuffix(".weight")
