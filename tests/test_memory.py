@@ -62,3 +62,34 @@ def test_the_peak_follows_neither_size_nor_shards(tmp_path: Path, layers: int, s
 def test_one_tensor_larger_than_the_tile_budget_is_tiled(tmp_path: Path) -> None:
     imported = peak_bytes("-c", "import torch")
     assert merge_peak(tmp_path, layers=1, shard_count=1, rows=2**15, columns=2**13) < imported + 64 * MEBIBYTE
+
+
+def expert_peak(folder: Path, is_fused: bool, *options: str) -> int:
+    """Merge fused pairs of 24 experts (2816 x 2048 and 2048 x 1408) of one layer: some 415 MB of bfloat16."""
+    experts, hidden, inner, rank = 24, 2048, 1408, 4
+    gate_up = torch.full((experts, 2 * inner, hidden), 0.5, dtype=torch.bfloat16)
+    down = torch.full((experts, hidden, inner), 0.5, dtype=torch.bfloat16)
+    stem = "model.layers.0.mlp.experts"
+    tensors = {f"{stem}.gate_up_proj": gate_up, f"{stem}.down_proj": down}
+    if not is_fused:
+        parts = {"gate_proj": gate_up[:, :inner], "up_proj": gate_up[:, inner:], "down_proj": down}
+        numbers = range(experts)
+        tensors = {f"{stem}.{e}.{part}.weight": at[e].clone() for part, at in parts.items() for e in numbers}
+    base = write_base(folder / "base", [tensors], {"model_type": "qwen3_moe"})
+    pairs = {
+        f"{PREFIX}{stem}.base_layer.lora_A.weight": torch.full((experts * rank, hidden), 0.25),
+        f"{PREFIX}{stem}.base_layer.lora_B.weight": torch.full((2 * inner, experts * rank), 0.5),
+        f"{PREFIX}{stem}.lora_A.weight": torch.full((experts * rank, inner), 0.25),
+        f"{PREFIX}{stem}.lora_B.weight": torch.full((hidden, experts * rank), 0.5),
+    }
+    fields = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "peft_version": "0.21.2"}
+    adapter = write_adapter(folder / "adapter", pairs, **fields)
+    arguments = ["merge", str(base), str(adapter), "--output", str(folder / "out"), "--threads", "2", *options]
+    return peak_bytes("-m", "rawmerge", *arguments)
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "float32")])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_experts_are_computed_one_by_one(tmp_path: Path, is_fused: bool, options: tuple[str, ...]) -> None:
+    imported = peak_bytes("-c", "import torch")
+    assert expert_peak(tmp_path, is_fused, *options) < imported + 64 * MEBIBYTE
