@@ -24,7 +24,8 @@ from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.tensor_source import OpenFiles, ShardFile, TensorSource, read_small_file
 
 RECORD_NAME: Final = "rawmerge.json"
-MAX_RECORD_BYTES: Final = 16 * 2**20
+#: The account of an adapter on each expert of a large model takes some 20 MB.
+MAX_RECORD_BYTES: Final = 128 * 2**20
 FORCE_HINT: Final = "--force merges all the same"
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
