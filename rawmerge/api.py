@@ -30,8 +30,8 @@ def plan_merge(
     Args:
         base: directory, safetensors file, or hub id `org/name[@revision]`.
         adapter: directory, its safetensors file, or hub id.
-        compute_dtype: `float32` is bit-equal to PEFT's default merge on CPU; `float64` gives the same bytes on
-            every machine.
+        compute_dtype: `float32` is bit-equal to PEFT's default merge on CPU; `float64` sums in float64 and
+            rounds once.
         dtype: `float32`, `bfloat16` or `float16` for all float tensors of the output; None keeps each tensor's own.
         vocab: `overlay` writes the rows of an adapter's smaller vocabulary over the first rows of the base's;
             None refuses such an adapter.

@@ -85,7 +85,7 @@ _COMPUTE = click.option(
     type=click.Choice(COMPUTE_DTYPES),
     default="float32",
     show_default=True,
-    help="float32 is bit-equal to PEFT; float64 gives the same bytes on every machine.",
+    help="float32 is bit-equal to PEFT; float64 rounds once, from sums in float64.",
 )
 
 
