@@ -19,7 +19,7 @@ from rawmerge.errors import PlanError, Problem
 from rawmerge.tensor_source import TensorSource
 
 #: Names that stacks of layers have where PEFT replicates them.
-_STACK: Final = re.compile(r"((?:[^.]+\.)*?(?:layers|layer|h))\.(\d+)\.(.+)")
+_STACK: Final = re.compile(r"((?:[^.]+\.)*?(?:layers|layer|h))\.(0|[1-9][0-9]{0,8})\.(.+)")
 
 
 def layer_order(replication: Sequence[tuple[int, int]]) -> list[int]:

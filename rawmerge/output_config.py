@@ -76,18 +76,12 @@ class OutputConfig:
         """Yield (old rows, new rows) of each embedding that grows."""
         for name, source in self._matches.replacements.items():
             old = self._base.tensors[name].shape
-            if (
-                name.split(".")[-2:-1]
-                and name.split(".")[-2] in {*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS}
-                and source.shape != old
-            ):
+            if source.shape != old and _module(name) in {*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS}:
                 yield old[0], source.shape[0]
 
     def _set_labels(self) -> None:
         heads = {
-            name: rows
-            for name, rows in self._new_heads().items()
-            if name.rpartition(".")[0].rpartition(".")[2] in _HEADS or ".out_proj" in name
+            name: rows for name, rows in self._new_heads().items() if _module(name) in _HEADS or ".out_proj" in name
         }
         facts = head_facts(self._base.config)
         for name, rows in heads.items():
@@ -108,3 +102,8 @@ class OutputConfig:
             if source.shape != self._base.tensors[name].shape
         }
         return {name: shape[0] for name, shape in (added | resized).items() if len(shape) == 2}
+
+
+def _module(tensor_name: str) -> str:
+    """Return the last part of the path of the tensor's module."""
+    return tensor_name.rpartition(".")[0].rpartition(".")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from types import UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
@@ -61,7 +62,7 @@ def _decode(kind: Any, value: Any) -> Any:
     if origin is not None:  # a mapping from str
         return {key: _decode(arguments[1], item) for key, item in value.items()}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = _type_hints(kind)
         return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
     return _checked(kind, value)
 
@@ -80,3 +81,8 @@ def _checked(kind: type, value: Any) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
     return value
+
+
+@lru_cache
+def _type_hints(kind: type) -> Mapping[str, Any]:
+    return get_type_hints(kind)

@@ -109,7 +109,7 @@ def list_tokenizer_files(root: Path) -> tuple[SideFile, ...]:
     for folder in (PurePosixPath(), PurePosixPath(TEMPLATE_FOLDER)):
         if (root / folder).is_dir():
             with os.scandir(root / folder) as entries:
-                items = (_judge(entry, str(folder / entry.name)) for entry in entries if not entry.is_dir())
+                items = (_judge(entry, str(folder / entry.name)) for entry in entries)
                 found += [item for item in items if isinstance(item, SideFile) and is_of_tokenizer(item.name)]
     return tuple(sorted(found, key=lambda file: file.name))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from rawmerge.base_checkpoint import BaseCheckpoint
+from rawmerge.errors import quote
 from rawmerge.families import Family, FusedPlace, auto_classes, family_of
 from rawmerge.formats.model_config import ModelConfig
 from rawmerge.matching.places import Piece, Place, whole
@@ -25,7 +26,7 @@ _EXPERT_PARTS: Final = {
     "w3": ("gate_up_proj", 1, 2),
     "w2": ("down_proj", 0, 1),
 }
-_EXPERT: Final = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(_EXPERT_PARTS)})\.weight")
+_EXPERT: Final = re.compile(rf"(.*\.experts)\.([0-9]{{1,9}})\.({'|'.join(_EXPERT_PARTS)})\.weight")
 #: Families that hold an expert as (in, out); the second set has gate and up in alternating columns.
 TRANSPOSED_EXPERTS: Final = frozenset(
     {"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"}
@@ -39,7 +40,7 @@ class DiskNames:
     Attributes:
         tensors: disk name to its bytes.
         family: the renames that hold.
-        model_types: of the base's config and those nested in it.
+        model_type: of the base's config; model_types: also those nested in it.
         is_known_family: whether transformers' own classes hold the model.
         places: canonical name to the places that answer to it; more than one is an ambiguity.
         incomplete: canonical names of fused parameters of which experts are missing or unlike: name to the reason.
@@ -48,6 +49,7 @@ class DiskNames:
     def __init__(self, base: BaseCheckpoint, trained_class: str) -> None:
         self.tensors = base.tensors
         self.family = _family(base.config, trained_class)
+        self.model_type = base.config.model_type
         self.model_types = base.config.model_types
         self.is_known_family = base.config.is_of_transformers
         self.places: dict[str, list[Place]] = defaultdict(list)
@@ -72,13 +74,15 @@ class DiskNames:
 
     def _enter(self, name: str, source: TensorSource) -> None:
         canonical = self.family.canonical(name)
-        self.places[canonical].append(whole(name, source.shape, "its family's names"))
+        self.places[canonical].append(whole(name, source.shape))
         chunks = self.family.chunks(canonical)
         for number, memory_name in enumerate(chunks):
             if place := _chunk(name, source.shape, number, len(chunks)):
                 self.places[memory_name].append(place)
         if fused := self.fused_place(canonical):
-            self._experts[fused.parameter][fused.expert, fused.part] = name
+            twin = self._experts[fused.parameter].setdefault((fused.expert, fused.part), name)
+            if twin != name:
+                self.incomplete[fused.parameter] = f"two tensors for one expert, {quote(twin)} and {quote(name)}"
             self._parts[fused.parameter] = fused.parts
         if stacked := self.family.stacked(canonical):
             self._stacks[stacked[0]][stacked[1]] = name
@@ -88,6 +92,8 @@ class DiskNames:
             shapes = [self.tensors[name].shape for name in names.values()]
             count = 1 + max(expert for expert, _ in names)
             expected = count * self._parts[parameter]
+            if parameter in self.incomplete:
+                continue
             if len(names) != expected:
                 self.incomplete[parameter] = f"{len(names)} of {expected} tensors of its {count} experts"
             elif len(set(shapes)) != 1 or len(shapes[0]) != 2:
@@ -114,7 +120,7 @@ def _chunk(name: str, shape: tuple[int, ...], number: int, count: int) -> Place 
     if not shape or shape[0] % count:
         return None
     rows = shape[0] // count
-    return Place((rows, *shape[1:]), (Piece(name, number * rows, rows),), "a part of the fused tensor on disk")
+    return Place((rows, *shape[1:]), (Piece(name, number * rows, rows),))
 
 
 def _stack(names: list[str], tensors: Mapping[str, TensorSource]) -> Place:
@@ -123,7 +129,7 @@ def _stack(names: list[str], tensors: Mapping[str, TensorSource]) -> Place:
         rows = tensors[name].shape[0]
         pieces.append(Piece(name, 0, rows, at))
         at += rows
-    return Place((at, *tensors[names[0]].shape[1:]), tuple(pieces), "the tensors that it is split into on disk")
+    return Place((at, *tensors[names[0]].shape[1:]), tuple(pieces))
 
 
 def _experts_place(names: Mapping[tuple[int, int], str], shape: tuple[int, ...], count: int, parts: int) -> Place:
@@ -134,7 +140,7 @@ def _experts_place(names: Mapping[tuple[int, int], str], shape: tuple[int, ...],
         for expert in range(count)
         for part in range(parts)
     )
-    return Place((count, parts * rows, columns), pieces, "the experts' own tensors on disk", view_columns=columns)
+    return Place((count, parts * rows, columns), pieces, view_columns=columns)
 
 
 def expert_slices(fused: Place, place: FusedPlace, is_interleaved: bool) -> Iterable[Place]:
@@ -148,13 +154,13 @@ def expert_slices(fused: Place, place: FusedPlace, is_interleaved: bool) -> Iter
     count, height, width = fused.shape
     if not 0 <= place.expert < count:
         return
-    first, how = place.expert * height, "an expert's part of the fused tensor on disk"
+    first = place.expert * height
     if height % place.parts == 0 and not is_interleaved:
         rows = height // place.parts
         piece = Piece(fused.name, first + place.part * rows, rows, expert=place.expert)
-        yield Place((rows, width), (piece,), how, view_columns=width, is_transposed=False)
+        yield Place((rows, width), (piece,), view_columns=width, is_transposed=False)
     if width % place.parts == 0:
         columns = width // place.parts
         start, step = (place.part, place.parts) if is_interleaved else (place.part * columns, 1)
         piece = Piece(fused.name, first, height, 0, place.expert, start, step, columns)
-        yield Place((height, columns), (piece,), how, view_columns=width, is_transposed=True)
+        yield Place((height, columns), (piece,), view_columns=width, is_transposed=True)

@@ -16,8 +16,9 @@ from rawmerge.errors import PlanError, Problem
 from rawmerge.formats.adapter_config import matches_target
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.lora_pairs import LoraPair
-from rawmerge.matching.naming import NameResolver, Target
+from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
+from rawmerge.matching.unmatched import Unmatched
 from rawmerge.merge_options import GROUPED
 from rawmerge.merge_plan import Setting, Update
 from rawmerge.methods import METHODS
@@ -27,15 +28,18 @@ from rawmerge.tensor_source import TensorSource
 KIND: Final = "expert_lora"
 #: In this order transformers' expert classes register their parameters.
 _REGISTERED: Final = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+#: More bare parameters than this on one module would take too many ways to tell apart.
+_MOST_PARAMETERS: Final = 6
 _FUSED: Final = ("gate_up_proj", "down_proj")
-_VERSION: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+_VERSION: Final = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})(?:\.([0-9]{1,6}))?")
 
 
 class ExpertMatcher:
     """Finds the parameter of each pair, and writes its updates into the ledger."""
 
-    def __init__(self, ledger: Ledger, resolver: NameResolver, layout: str) -> None:
+    def __init__(self, ledger: Ledger, resolver: NameResolver, unmatched: Unmatched, layout: str) -> None:
         self._ledger = ledger
+        self._unmatched = unmatched
         self._resolver = resolver
         config = ledger.adapter.config
         self._is_grouped = (layout or config.lora_b_layout) == GROUPED
@@ -46,12 +50,11 @@ class ExpertMatcher:
         modules: dict[str, list[LoraPair]] = defaultdict(list)
         for pair in pairs:
             modules[pair.module_path].append(pair)
-        places = self._parameter_places(modules)
-        for path, found in places.items():
+        for path, found in self._parameter_places(modules).items():
             self._assign(modules.pop(path), found)
         return [pair for group in modules.values() for pair in group]
 
-    def _parameter_places(self, modules: Mapping[str, list[LoraPair]]) -> dict[str, dict[str, Place]]:
+    def _parameter_places(self, modules: dict[str, list[LoraPair]]) -> dict[str, dict[str, Place]]:
         """Return, for each module whose pairs are on parameters, the parameters that the base has."""
         wanted = {
             f"{path}.{leaf}": (path, leaf)
@@ -61,10 +64,17 @@ class ExpertMatcher:
         }
         targets = [Target(name, _has_matrices) for name in wanted]
         found: dict[str, dict[str, Place]] = defaultdict(dict)
+        missed: dict[str, tuple[str, Resolution]] = {}
         for name, resolution in self._resolver.resolve(targets).items():
             path, leaf = wanted[name]
             if resolution.place:
                 found[path][leaf] = resolution.place
+            else:
+                missed[path] = (name, resolution)
+        for path in self._ledger.adapter.config.target_parameters and missed.keys() - found.keys():
+            # no parameter that the config names: nothing else may take the pairs
+            problem = self._unmatched.problem(modules.pop(path)[0].first, *missed[path], "for this pair")
+            self._ledger.problems.add(PlanError, [problem])
         return found
 
     def _leaves_of(self, path: str) -> Iterable[str]:
@@ -79,7 +89,7 @@ class ExpertMatcher:
         ordered = sorted(places, key=lambda leaf: _REGISTERED.index(leaf) if leaf in _REGISTERED else -1)
         fitting = [
             leaves
-            for leaves in permutations(ordered, len(inner_first))
+            for leaves in permutations(ordered[:_MOST_PARAMETERS], len(inner_first))
             if all(self._fits(pair, places[leaf]) for pair, leaf in zip(inner_first, leaves, strict=True))
         ]
         if len(fitting) > 1 and set(places) <= set(_REGISTERED):
@@ -156,28 +166,25 @@ class ExpertMatcher:
     def _update(
         self, kind: str, place: Place, tensors: Mapping[str, TensorSource], settings: Mapping[str, Setting]
     ) -> None:
-        if kind != KIND or place.is_whole:
-            self._update_whole(kind, place, tensors, settings)
+        if kind == KIND and not place.is_whole:
+            self._update_experts(place, tensors, settings)
             return
+        self._ledger.update_place(place, kind, tensors, settings)
+        if place.is_whole and len(place.shape) == 3:
+            experts, height, width = place.shape
+            self._ledger.columns[place.name] = width
+            self._ledger.cuts[place.name] |= {expert * height for expert in range(1, experts)}
+
+    def _update_experts(
+        self, place: Place, tensors: Mapping[str, TensorSource], settings: Mapping[str, Setting]
+    ) -> None:
+        """Record the update of each expert's own tensors."""
         rank = tensors["lora_a"].shape[0] // place.shape[0]
         for piece in place.pieces:
             # one expert's rows of A lie together in the file; its columns of B do not
             own = {**tensors, "lora_a": tensors["lora_a"].rows(piece.expert * rank, rank)}
-            update = Update(kind, own, {**settings, "expert": piece.expert})
+            update = Update(KIND, own, {**settings, "expert": piece.expert})
             self._ledger.update_piece(place, piece, update, piece.at - piece.expert * place.shape[1])
-
-    def _update_whole(
-        self, kind: str, place: Place, tensors: Mapping[str, TensorSource], settings: Mapping[str, Setting]
-    ) -> None:
-        if place.is_whole:
-            self._ledger.update_whole(place, kind, tensors, settings)
-        else:
-            for piece in place.pieces:
-                self._ledger.update_piece(place, piece, Update(kind, tensors, settings), piece.at)
-        if len(place.shape) == 3:
-            self._ledger.columns[place.name] = place.shape[2]
-            height = place.shape[1]
-            self._ledger.cuts[place.name] |= {expert * height for expert in range(1, place.shape[0])}
 
 
 def _has_matrices(place: Place) -> bool:

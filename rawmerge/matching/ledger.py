@@ -40,7 +40,7 @@ class Ledger:
         overlays: base tensor to the adapter tensor that takes the place of its first rows.
         additions: tensors that the base lacks.
         columns: tensors that are cut in another matrix view than the default one, and its columns.
-        cuts: rows of that view at which a product begins.
+        cuts: rows of that view at which a product begins, beside those at which an update's window does.
         embeddings: tensors that an embedding pair updates.
         uses: the account; notes: what a user may want to know.
     """
@@ -80,31 +80,24 @@ class Ledger:
         shown = tensors[0] if len(tensors) == 1 else ", ".join(dict.fromkeys(map(_without_expert, tensors)))
         self.uses.extend(AdapterUse(name.text, use, shown, len(tensors), reason) for name in names)
 
-    def update_whole(
+    def update_place(
         self, place: Place, kind: str, tensors: Mapping[str, TensorSource], settings: Mapping[str, Setting]
     ) -> None:
-        """Record an update of a place that is one disk tensor."""
-        is_part = place.name in self.overlays
-        window = Window(row=0, row_count=self.overlays[place.name].shape[0]) if is_part else None
-        self.updates[place.name].append(Update(kind, tensors, settings, window))
-        if is_part:
-            self.cuts[place.name].add(self.overlays[place.name].shape[0])
+        """Record an update of everything that a place holds."""
+        if place.is_whole:
+            overlay = self.overlays.get(place.name)
+            window = Window(row=0, row_count=overlay.shape[0]) if overlay else None
+            self.updates[place.name].append(Update(kind, tensors, settings, window))
+        else:
+            for piece in place.pieces:
+                self.update_piece(place, piece, Update(kind, tensors, settings), piece.at)
 
-    def update_piece(
-        self,
-        place: Place,
-        piece: Piece,
-        update: Update,
-        delta_row: int,
-    ) -> None:
+    def update_piece(self, place: Place, piece: Piece, update: Update, delta_row: int) -> None:
         """Record an update of some rows of a disk tensor; the delta's row `delta_row` goes to the first of them."""
-        is_all = not piece.row and piece.rows == self.base.tensors[piece.tensor].shape[0] and piece.columns < 0
         window = Window(piece.row, piece.rows, delta_row, piece.column, piece.column_step, piece.columns)
         self.updates[piece.tensor].append(Update(update.kind, update.tensors, update.settings, window))
         if place.view_columns and len(self.base.tensors[piece.tensor].shape) > 2:
             self.columns[piece.tensor] = place.view_columns
-        if not is_all:
-            self.cuts[piece.tensor] |= {piece.row, piece.row + piece.rows} - {0}
 
 
 def _without_expert(name: str) -> str:

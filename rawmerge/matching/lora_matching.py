@@ -14,9 +14,9 @@ from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
 from rawmerge.matching.tied_embeddings import Tie
 from rawmerge.matching.unmatched import Unmatched
-from rawmerge.merge_plan import Setting, Update
+from rawmerge.merge_plan import Setting
 from rawmerge.methods import METHODS, lora
-from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError
+from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError, number
 
 
 class LoraMatcher:
@@ -29,7 +29,7 @@ class LoraMatcher:
         self._resolver = resolver
         self._unmatched = unmatched
         self._tie = tie
-        self._experts = ExpertMatcher(ledger, resolver, layout)
+        self._experts = ExpertMatcher(ledger, resolver, unmatched, layout)
         self._taken: dict[str, str] = {}
 
     def match(self, names: Iterable[AdapterTensorName]) -> None:
@@ -59,7 +59,7 @@ class LoraMatcher:
         for name in pair.names.values():
             dtype = self._ledger.source(name).dtype
             if not DTYPES[dtype].is_mergeable:
-                return Problem(name.text, "a plain float dtype (F32, BF16, F16)", dtype)
+                return Problem(name.text, "a plain float dtype (F64, F32, BF16, F16)", dtype)
         return None
 
     def _fit(self, pair: LoraPair) -> _Fit:
@@ -103,16 +103,12 @@ class LoraMatcher:
             self._ledger.problems.add(PlanError, [Problem(subject, error.expected, error.found, error.hint)])
             return
         tensors = {name.role: self._ledger.source(name) for name in pair.factors}
-        if place.is_whole:
-            self._ledger.update_whole(place, lora.KIND, tensors, settings)
-        else:
-            for piece in place.pieces:
-                self._ledger.update_piece(place, piece, Update(lora.KIND, tensors, settings), piece.at)
+        self._ledger.update_place(place, lora.KIND, tensors, settings)
         if pair.is_embedding:
             self._ledger.embeddings.add(place.name)
         self._ledger.account(pair.factors, "updates", place)
         if bias := pair.names.get("lora_b_bias"):
-            self._record_bias(bias, float(settings["scaling"]))  # type: ignore[arg-type]
+            self._record_bias(bias, number(settings, "scaling"))
 
     def _settings(self, pair: LoraPair, place: Place, layout: SquareLayout) -> Mapping[str, Setting]:
         config = self._ledger.adapter.config
@@ -150,7 +146,7 @@ class LoraMatcher:
             problem = Problem(name.text, f"the base's shape {list(place.shape)}", found)
             self._ledger.problems.add(PlanError, [problem])
             return
-        self._ledger.update_whole(place, "lora_bias", {"bias": source}, {"scaling": scaling})
+        self._ledger.update_place(place, "lora_bias", {"bias": source}, {"scaling": scaling})
         self._ledger.account([name], "updates", place)
 
 

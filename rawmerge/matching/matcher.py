@@ -9,6 +9,7 @@ from rawmerge.adapter import Adapter
 from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.errors import AdapterError, PlanError, Problem, UnsupportedAdapterError, quote
 from rawmerge.formats.adapter_names import (
+    PAIR_ROLES,
     AdapterTensorName,
     adapter_names,
     describe_foreign,
@@ -70,7 +71,9 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions)
     disk_names = DiskNames(base, adapter.config.base_model_class)
     resolver, unmatched = NameResolver(disk_names), Unmatched(base, disk_names)
     tie = find_tie(base.config, disk_names)
-    stored = StoredMatcher(ledger, resolver, unmatched, tie, options.vocab, options.force)
+    whole = {name.module_path for name in names if name.role == "stored_base" and name.parameter == "weight"}
+    paired = whole & {name.module_path for name in names if name.role in PAIR_ROLES}
+    stored = StoredMatcher(ledger, resolver, unmatched, tie, options.vocab, options.force, paired)
     stored.match(name for name in names if name.role in _STORED)
     pairs = (name for name in names if name.role not in {*_STORED, "foreign", "token_rows"})
     LoraMatcher(ledger, resolver, unmatched, tie, options.moe_lora_b_layout).match(pairs)

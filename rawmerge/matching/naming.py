@@ -16,7 +16,9 @@ from rawmerge.matching.disk_names import INTERLEAVED_EXPERTS, TRANSPOSED_EXPERTS
 from rawmerge.matching.places import Place, whole
 
 #: Segments that say which class wrapped the text model, not which tower of a model is meant.
-_NEUTRAL: Final = frozenset({"base_model", "model", "module", "language_model", "text_model", "thinker", "llm"})
+_NEUTRAL: Final = frozenset({"base_model", "model", "module", "language_model", "thinker", "llm"})
+#: On disk this one names the text tower as well; in an adapter it may be that of a model with an image tower.
+_NEUTRAL_ON_DISK: Final = frozenset({"text_model"})
 _USUAL_PREFIXES: Final = frozenset({"model", "transformer"})
 
 
@@ -51,9 +53,10 @@ class NameResolver:
 
     def __init__(self, names: DiskNames) -> None:
         self.names = names
-        known = base_prefixes(names.model_types)
-        self._prefixes = sorted(known or _USUAL_PREFIXES)
-        self._neutral = _NEUTRAL | known
+        own = base_prefixes([names.model_type])
+        self._prefixes = sorted(own or _USUAL_PREFIXES)
+        self._inner_prefixes = sorted(base_prefixes(names.model_types))
+        self._neutral = _NEUTRAL | own
 
     def resolve(self, targets: Sequence[Target]) -> dict[str, Resolution]:
         """Return the resolution of each target's name."""
@@ -68,7 +71,7 @@ class NameResolver:
 
     def _by_rule(self, target: Target) -> Resolution | None:
         for rule in (self._exact, self._by_prefix, self._by_family, self._by_expert):
-            places = list(rule(target))
+            places = list(dict.fromkeys(rule(target)))
             if len(places) > 1:
                 places = [place for place in places if target.fits(place)] or places
             if len(places) == 1:
@@ -79,16 +82,17 @@ class NameResolver:
 
     def _exact(self, target: Target) -> Iterator[Place]:
         if source := self.names.tensors.get(target.name):
-            yield whole(target.name, source.shape, "its own name")
+            yield whole(target.name, source.shape)
 
     def _by_prefix(self, target: Target) -> Iterator[Place]:
         for name in self._with_and_without_prefix(target.name):
             if source := self.names.tensors.get(name):
-                yield whole(name, source.shape, "the base-model prefix")
+                yield whole(name, source.shape)
 
     def _by_family(self, target: Target) -> Iterator[Place]:
-        canonical = self.names.family.canonical(target.name)
-        for name in (canonical, *self._with_and_without_prefix(canonical)):
+        family = self.names.family
+        canonical = family.canonical(target.name)
+        for name in (canonical, *map(family.canonical, self._with_and_without_prefix(canonical))):
             if places := self.names.places.get(name):
                 yield from places
                 return
@@ -120,6 +124,9 @@ class NameResolver:
             yield f"{prefix}.{name}"
             if name.startswith(f"{prefix}."):
                 yield name.removeprefix(f"{prefix}.")
+        for prefix in self._inner_prefixes:
+            if f".{prefix}." in name:  # a model inside another, which the disk holds without its wrapper
+                yield name.replace(f".{prefix}.", ".", 1)
 
     def _by_suffix(self, targets: Iterable[Target]) -> dict[str, Resolution]:
         return _SuffixSearch(self.names, self._neutral).resolve(targets)
@@ -158,8 +165,11 @@ class _SuffixSearch:
         for count in range(len(stem)):
             if count and stem[count - 1] not in self._neutral:
                 break
-            fronts = self._fronts(stem[count:], group, rests)
+            everywhere = self._fronts(stem[count:], rests[0])
+            fronts = {front for front in everywhere if self._takes(front, stem[count:], group, rests)}
             fronts = fronts & self._learned[stem[:count]] or fronts
+            if len(fronts) == 1 and not self._is_neutral(fronts | everywhere, stem, count):
+                break
             if fronts:
                 if len(group) > 1 and len(fronts) == 1:
                     self._learned[stem[:count]] |= fronts
@@ -173,17 +183,25 @@ class _SuffixSearch:
         places = [self._place((*front, *end), target) for front in sorted(fronts)]
         return Resolution(None, tuple(place.name for place in places if place))
 
-    def _fronts(self, stem: tuple[str, ...], group: list[Target], rests: list[list[str]]) -> set[tuple[str, ...]]:
-        """Return what may stand before `stem` so that every tensor of the group has a place that fits."""
-        tail = ".".join((*stem, *rests[0]))
+    def _is_neutral(self, fronts: set[tuple[str, ...]], stem: tuple[str, ...], count: int) -> bool:
+        """Whether what stands before the stem says nothing of a tower, or the stem itself names the only one."""
+        plain = self._neutral | _NEUTRAL_ON_DISK
+        is_tower = count == 0 and len(fronts) == 1 and not set(stem[:-1]) <= plain
+        return is_tower or all(set(front) <= plain for front in fronts)
+
+    def _fronts(self, stem: tuple[str, ...], rest: list[str]) -> set[tuple[str, ...]]:
+        """Return all that stands before `stem` and `rest` on disk, whatever the shapes."""
+        tail = ".".join((*stem, *rest))
         fronts = {_front(name, tail) for name in self._names.places if name == tail or name.endswith(f".{tail}")}
         if not _stem(tail):  # a head of another tower is not the text model's
-            fronts = {front for front in fronts if set(front) <= self._neutral}
-        return {
-            front
-            for front in fronts
-            if all(self._place((*front, *stem, *rest), target) for target, rest in zip(group, rests, strict=True))
-        }
+            fronts = {front for front in fronts if set(front) <= self._neutral | _NEUTRAL_ON_DISK}
+        return fronts
+
+    def _takes(
+        self, front: tuple[str, ...], stem: tuple[str, ...], group: list[Target], rests: list[list[str]]
+    ) -> bool:
+        """Whether every tensor of the group has a place that fits behind `front`."""
+        return all(self._place((*front, *stem, *rest), target) for target, rest in zip(group, rests, strict=True))
 
     def _place(self, segments: tuple[str, ...], target: Target) -> Place | None:
         fitting = [place for place in self._names.places.get(".".join(segments), ()) if target.fits(place)]

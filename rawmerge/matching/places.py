@@ -40,7 +40,6 @@ class Place:
     Attributes:
         shape: its shape, in the trained model's terms.
         pieces: which rows of which disk tensors hold it.
-        how: by which rule it was found.
         is_whole: whether it is one disk tensor, all of it.
         view_columns: columns of the disk tensors' matrix view; 0 for the default view.
         is_transposed: for a square part, whether it is stored (in, out); None where the part does not tell.
@@ -48,7 +47,6 @@ class Place:
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    how: str
     is_whole: bool = False
     view_columns: int = 0
     is_transposed: bool | None = None
@@ -64,6 +62,6 @@ class Place:
         return tuple(piece.tensor for piece in self.pieces)
 
 
-def whole(name: str, shape: tuple[int, ...], how: str) -> Place:
+def whole(name: str, shape: tuple[int, ...]) -> Place:
     """Return the place of a tensor that is a disk tensor of its own."""
-    return Place(shape, (Piece(name, 0, shape[0] if shape else 1),), how, is_whole=True)
+    return Place(shape, (Piece(name, 0, shape[0] if shape else 1),), is_whole=True)

@@ -6,7 +6,7 @@ Source: PEFT 0.21.2 `utils/save_and_load.py` `get_peft_model_state_dict` (what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +25,9 @@ from rawmerge.methods import METHODS
 from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError
 from rawmerge.tensor_source import TensorSource
 
-_EMBEDDINGS: Final = frozenset({*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS})
+_EMBEDDINGS: Final = frozenset(
+    {*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "embeddings", "input_embedding", "token_embedding", "proj_out"}
+)
 #: Dtypes from fine to coarse; values are compared in the coarser one of two.
 _PRECISION: Final = ("F64", "F32", "F16", "BF16")
 #: How many rows are compared, and the share that must agree: a resized or trained few do not make another base.
@@ -45,6 +47,7 @@ class StoredMatcher:
         tie: the base's tied embeddings.
         vocab: `overlay` to write a smaller vocabulary's rows over the first rows of the base's.
         is_forced: take stored embeddings that are unlike the base's.
+        paired: modules whose weight is stored beside their LoRA pair.
     """
 
     ledger: Ledger
@@ -53,6 +56,7 @@ class StoredMatcher:
     tie: Tie | None
     vocab: str
     is_forced: bool
+    paired: Collection[str]
 
     def match(self, names: Iterable[AdapterTensorName]) -> None:
         """Record replacements and additions."""
@@ -96,10 +100,9 @@ class StoredMatcher:
         """Whether the config explains that the adapter holds this tensor whole; if not, the merge is refused."""
         config = self.ledger.adapter.config
         is_bias = name.parameter == "bias" and config.bias != "none"
-        is_embedding = name.module_path.rpartition(".")[2] in _EMBEDDINGS
         if (
             is_bias
-            or is_embedding
+            or self._is_embedding(name)
             or name.role == "saved_copy"
             or (is_saved_module(config, name.module_path) and name.role != "stored_base")
         ):
@@ -109,6 +112,12 @@ class StoredMatcher:
         hint = "the config does not say what it is for; nothing may be dropped"
         self.ledger.problems.add(UnsupportedAdapterError, [Problem(name.text, expected, found, hint)])
         return False
+
+    def _is_embedding(self, name: AdapterTensorName) -> bool:
+        """Whether PEFT stored the tensor because it is of an input or output embedding, trained or resized."""
+        # only embeddings are stored beside their pairs, whatever their names
+        is_beside = name.role == "stored_base" and name.module_path in self.paired
+        return is_beside or name.module_path.rpartition(".")[2] in _EMBEDDINGS
 
     def _record(self, name: AdapterTensorName, resolution: Resolution) -> None:
         place = resolution.place
@@ -157,7 +166,7 @@ class StoredMatcher:
         )
         if self._is_head(name) and is_matrix:
             return None
-        if not is_matrix or name.module_path.rpartition(".")[2] not in _EMBEDDINGS:
+        if not is_matrix or not self._is_embedding(name):
             return Problem(name.text, expected, found, "is this the base the adapter was trained on?")
         if source.shape[0] > base.shape[0] or self.vocab == OVERLAY:
             return None
@@ -203,7 +212,7 @@ class StoredMatcher:
             problem = Problem(name.text, f"one set of trained rows for {quote(place.name)}", "another")
             self.ledger.problems.add(PlanError, [problem])
             return
-        self.ledger.update_whole(place, "token_rows", {"rows": source}, settings)
+        self.ledger.update_place(place, "token_rows", {"rows": source}, settings)
         self.ledger.account([name], "updates", place)
 
     def _indices(self, name: AdapterTensorName) -> tuple[int, ...] | None:

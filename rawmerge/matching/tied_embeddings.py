@@ -81,7 +81,7 @@ class Tie:
             return None
         is_new = self.output in ledger.additions
         shape = ledger.additions[self.output].source.shape if is_new else ledger.shape_of(self.input)
-        return whole(self.output, shape, "the tied input embedding")
+        return whole(self.output, shape)
 
 
 def find_tie(config: ModelConfig, names: DiskNames) -> Tie | None:
