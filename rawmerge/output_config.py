@@ -6,13 +6,21 @@ from collections.abc import Iterator, Mapping
 
 from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.errors import PlanError, Problem, quote
+from rawmerge.formats.adapter_config import matches_target
 from rawmerge.formats.config_edits import head_facts, with_labels, with_vocab_size
 from rawmerge.formats.layer_edits import layer_config_paths, with_layer_count
 from rawmerge.formats.model_config import with_dtype, with_untied_embeddings
 from rawmerge.matching.matcher import Matches
 from rawmerge.matching.tied_embeddings import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
-_HEADS = ("score", "classifier", "qa_outputs")
+#: Modules whose rows are labels, at the end of a path.
+_HEADS = ("score", "classifier", "qa_outputs", "classifier.out_proj", "classification_head.out_proj")
+#: What PEFT's task types are called at the end of transformers' class names.
+_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
 
 
 class OutputConfig:
@@ -23,8 +31,9 @@ class OutputConfig:
         notes: what was changed, or could not be with certainty.
     """
 
-    def __init__(self, base: BaseCheckpoint, matches: Matches) -> None:
+    def __init__(self, base: BaseCheckpoint, matches: Matches, task_type: str = "") -> None:
         self._base = base
+        self._class = _CLASSES.get(task_type, "")
         self._matches = matches
         self.text = base.config.text
         self.notes: list[str] = []
@@ -49,6 +58,8 @@ class OutputConfig:
             self._set_layers(layer_order)
         self._set_vocabulary()
         self._set_labels()
+        if not self._base.is_directory and self.text != self._base.config.text:
+            self.notes.append("beside a single file no config.json is written: edit the one that you load it with")
 
     def _set_layers(self, order: list[int]) -> None:
         paths = layer_config_paths(self._base.config)
@@ -56,7 +67,8 @@ class OutputConfig:
             found = ", ".join(".".join(path) or "config.json" for path in paths) or "none"
             raise PlanError(Problem("layer_replication", "one number of layers in config.json", found))
         self.text = with_layer_count(self._base.config, self.text, next(iter(paths)), order)
-        self.notes.append(f"layers are replicated: {len(order)} of them, each written with its own delta")
+        count = len(set(order))
+        self.notes.append(f"{count} of the base's layers become {len(order)}, each written with its own delta")
 
     def _set_vocabulary(self) -> None:
         sizes = dict(self._resized())
@@ -80,18 +92,19 @@ class OutputConfig:
                 yield old[0], source.shape[0]
 
     def _set_labels(self) -> None:
-        heads = {
-            name: rows for name, rows in self._new_heads().items() if _module(name) in _HEADS or ".out_proj" in name
-        }
+        heads = {name: rows for name, rows in self._new_heads().items() if _is_labelled(name)}
         facts = head_facts(self._base.config)
         for name, rows in heads.items():
             edited = with_labels(self._base.config, self.text, rows)
             self.text = edited if edited is not None else self.text
+            if edited is not None and self._class and any(known.endswith(self._class) for known in facts.architectures):
+                continue
             stated = ", ".join(facts.architectures) or "no architecture"
             labels = "" if edited is not None else f"; config.json states {facts.num_labels} labels, correct it by hand"
+            wanted = f"AutoModel{self._class}" if self._class else "the class that was trained"
             self.notes.append(
-                f"{quote(name)} is a head of {rows} labels; config.json names {stated}: load the output with the class "
-                f"that was trained (AutoModelForSequenceClassification or its like){labels}"
+                f"{quote(name)} is a head of {rows} labels; config.json names {stated}: load the output with {wanted}"
+                f"{labels}"
             )
 
     def _new_heads(self) -> Mapping[str, int]:
@@ -102,6 +115,10 @@ class OutputConfig:
             if source.shape != self._base.tensors[name].shape
         }
         return {name: shape[0] for name, shape in (added | resized).items() if len(shape) == 2}
+
+
+def _is_labelled(tensor_name: str) -> bool:
+    return matches_target(_HEADS, tensor_name.removesuffix(".weight"))
 
 
 def _module(tensor_name: str) -> str:

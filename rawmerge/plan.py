@@ -12,7 +12,7 @@ from pathlib import Path
 from rawmerge.adapter import Adapter, read_adapter
 from rawmerge.base_checkpoint import SINGLE_NAME, BaseCheckpoint, ShardContents, read_base
 from rawmerge.dtypes import COMPUTE_DTYPES, DTYPES, OUTPUT_DTYPES
-from rawmerge.errors import ProblemCollector
+from rawmerge.errors import PlanError, Problem, ProblemCollector
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
 from rawmerge.formats.weight_map import INDEX_NAME, WeightMap, format_weight_map
@@ -74,7 +74,7 @@ def make_plan(
     notes = check_identity(base, adapter, base_repo, is_forced=options.force)
     base = replicate_layers(base, order) if order else base
     matches = match_adapter(base, adapter, options)
-    config = OutputConfig(base, matches)
+    config = OutputConfig(base, matches, adapter.config.task_type)
     config.edit(options.output_dtype, order)
     plan = _Planner(base, adapter, matches, options, config).plan([*notes, *config.notes])
     return replace(plan, base_repo=base_repo, adapter_repo=adapter_repo)
@@ -106,6 +106,7 @@ class _Planner:
 
     def plan(self, notes: Iterable[str]) -> MergePlan:
         shards = tuple(self._plan_shard(contents) for contents in self.base.contents)
+        _check_unique(shards)
         written = tuple(self._written_files(shards))
         side_files, left_out = self._side_files(shards, written)
         return MergePlan(
@@ -171,7 +172,7 @@ class _Planner:
         source = addition.source
         stored = self.base.tensors[addition.like].dtype if addition.like else self._usual_dtype(source.dtype)
         entry = TensorEntry(name, self._output_dtype(stored), source.shape, 0, 0)
-        if name in self.matches.updates:
+        if name in self.matches.updates or name in self.matches.overlays:
             return self._update_step(entry, source, stored)
         if source.path == str(self.adapter.weights.path):
             return ReplaceTensor(entry, source, None)
@@ -219,11 +220,12 @@ class _Planner:
         ours, theirs = list_side_files(self.base.root, ())[0], list_tokenizer_files(self.adapter.root)
         if self.options.tokenizer == "adapter":
             if not theirs:
-                yield "the adapter brings no tokenizer: the base's is copied"
+                yield "the adapter brings no tokenizer: the output gets the base's files"
             elif loses_template(ours, override_side_files(ours, theirs)[0]):
                 yield "the base's chat template is lost: the adapter's tokenizer takes its place and has none"
         elif differing := differing_tokenizer_files(ours, theirs):
-            yield f"the adapter's {', '.join(differing)} differ from the base's, which are copied (--tokenizer adapter)"
+            listed = ", ".join(differing)
+            yield f"the output gets the base's tokenizer; the adapter brings another ({listed}): --tokenizer adapter"
 
     def _notes(self) -> Iterator[str]:
         yield from self.matches.notes
@@ -237,6 +239,14 @@ class _Planner:
             yield f"{SINGLE_NAME} stands beside the index, which does not list it: it is left out"
         if not self.base.is_directory:
             yield "the base is a single file: no config or other side files are written"
+
+
+def _check_unique(shards: Iterable[ShardPlan]) -> None:
+    """Refuse an output with two tensors of one name, which no loader could read."""
+    counts = Counter(step.entry.name for shard in shards for step in shard.steps)
+    twice = [Problem(name, "each output tensor once", "it twice") for name, count in counts.items() if count > 1]
+    if twice:
+        raise PlanError(*twice)
 
 
 def _unlisted(base: BaseCheckpoint) -> Iterator[tuple[str, TensorSource]]:

@@ -11,8 +11,17 @@ from operator import eq
 from pathlib import Path
 
 from rawmerge.engine import Engine, default_threads
-from rawmerge.errors import InputChangedError, MergeError, NothingChangedError, RefusedError, quote
+from rawmerge.errors import (
+    InputChangedError,
+    MergeError,
+    NothingChangedError,
+    PlanError,
+    Problem,
+    RefusedError,
+    quote,
+)
 from rawmerge.formats.adapter_config import CONFIG_NAME
+from rawmerge.formats.weight_map import is_safe_file_name
 from rawmerge.identity import RECORD_NAME
 from rawmerge.jobs import ProgressCallback
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
@@ -32,6 +41,7 @@ class MergeSummary:
         unchanged: updated tensors of which no element changed: the delta is smaller than the rounding.
         byte_count: bytes of the output.
         seconds: wall time of the run.
+        notes: the plan's notes, what a user may want to know.
     """
 
     output: str
@@ -39,6 +49,7 @@ class MergeSummary:
     unchanged: tuple[str, ...]
     byte_count: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def run_plan(
@@ -79,6 +90,7 @@ def run_plan(
         unchanged=tuple(name for name, is_changed in changed.items() if not is_changed),
         byte_count=plan.byte_count,
         seconds=time.perf_counter() - started,
+        notes=plan.notes,
     )
 
 
@@ -88,8 +100,21 @@ def check_target(plan: MergePlan, output: Path, *, overwrite: bool = False) -> N
     Raises:
         OutputError: with the reasons.
     """
+    _check_names(plan)
     check_output(output, _policy(plan, overwrite))
     check_space(output, plan.byte_count)
+
+
+def _check_names(plan: MergePlan) -> None:
+    """Refuse a plan, which may come from a stranger's file, that would write outside the output or a file twice."""
+    shards, texts = [shard.name for shard in plan.shards], [file.name for file in plan.written_files]
+    sides = [file.name for file in plan.side_files]
+    flat = (name for name in (*shards, *texts) if not is_safe_file_name(name))
+    nested = (name for name in sides if not all(map(is_safe_file_name, name.split("/"))))
+    twice = (name for name, count in Counter([*shards, *texts, *sides, RECORD_NAME]).items() if count > 1)
+    expected = "a file of its own inside the output"
+    if problems := [Problem(name, expected, "another path, or the name twice") for name in (*flat, *nested, *twice)]:
+        raise PlanError(*problems)
 
 
 def count_steps(plan: MergePlan) -> dict[str, int]:
@@ -156,9 +181,18 @@ def _open_shards(plan: MergePlan, folder: Path, opened: ExitStack) -> Iterator[t
 def _changes(plan: MergePlan, engine: Engine, folder: Path) -> dict[str, bool]:
     updated = [step for step in plan.steps() if isinstance(step, UpdateTensor) and step.updates]
     changed = {step.entry.name: step.entry.name in engine.changed for step in updated}
-    if not any(changed.values()) and not any(_replacement_differs(shard, folder) for shard in plan.shards):
+    is_changed = any(changed.values()) or _has_other_tensors(plan)
+    if not is_changed and not any(_replacement_differs(shard, folder) for shard in plan.shards):
         raise NothingChangedError
     return changed
+
+
+def _has_other_tensors(plan: MergePlan) -> bool:
+    """Whether the output has rows laid over the base's, or copies of its layers, whatever their values."""
+    steps = list(plan.steps())
+    overlaid = any(isinstance(step, UpdateTensor) and step.overlay for step in steps)
+    copied = Counter((step.source.path, step.source.offset) for step in steps if step.source.byte_count)
+    return overlaid or any(count > 1 for count in copied.values())
 
 
 def _replacement_differs(shard: ShardPlan, folder: Path) -> bool:

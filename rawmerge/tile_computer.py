@@ -174,7 +174,8 @@ class TensorComputer:
             unchanged = torch.empty_like(result)
             round_into(unchanged, before.to(tile.dtype))
             # NaN differs from itself, so a tensor of NaNs counts as changed; it is no evidence of a lost delta
-            self.changed = not torch.equal(result, unchanged)
+            if not torch.equal(result, unchanged):
+                self.changed = True  # never back to False: another thread's tile may have changed meanwhile
 
     def _updates(self) -> tuple[PreparedUpdate, ...]:
         with self._lock:

@@ -47,9 +47,19 @@ def test_a_stack_of_layers_goes_where_all_of_it_fits(tmp_path: Path) -> None:
     assert places(base_of(tmp_path, LAYERS), adapter) == expected
 
 
-def test_shapes_choose_between_towers(tmp_path: Path) -> None:
-    base = base_of(tmp_path, {"text.layers.0.q_proj.weight": (12, 8), "image.layers.0.q_proj.weight": (6, 8)})
-    assert places(base, pairs_of(tmp_path, {"layers.0.q_proj": (6, 8)})) == {"image.layers.0.q_proj.weight"}
+@pytest.mark.parametrize("front", ["talker.model", "vision_tower", "image", "model.audio"])
+def test_shapes_alone_do_not_choose_a_tower(tmp_path: Path, front: str) -> None:
+    base = base_of(tmp_path, {"model.layers.0.q_proj.weight": (12, 9), f"{front}.layers.0.q_proj.weight": (12, 8)})
+    for path in ("layers.0.q_proj", "model.layers.0.q_proj", "text_model.layers.0.q_proj"):
+        with pytest.raises(RefusedError):
+            rawmerge.merge_adapter(base, pairs_of(tmp_path, {path: (12, 8)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_that_names_itself_is_found_inside_another_model(tmp_path: Path) -> None:
+    shapes: Shapes = {"language_model.layers.0.q.weight": (12, 8), "tower.vision_model.layers.0.q.weight": (12, 8)}
+    adapter = pairs_of(tmp_path, {"vision_model.layers.0.q": (12, 8)})
+    assert places(base_of(tmp_path, shapes), adapter) == {"tower.vision_model.layers.0.q.weight"}
 
 
 def test_two_towers_that_fit_are_both_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -117,3 +118,17 @@ def test_staging_directories_are_hidden_and_beside_the_target(tiny: Paths, tmp_p
     rawmerge.merge_adapter(*tiny, tmp_path / "out", progress=lambda _: seen.update(names(tmp_path)))
     assert [name for name in seen if re.fullmatch(r"\.rawmerge-\d+-[0-9a-f]{8}", name)]
     assert names(tmp_path) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("name", ["../evil.bin", "/tmp/rawmerge-evil", "a/../../evil", "rawmerge.json", ""])
+@pytest.mark.parametrize("part", ["shards", "written_files", "side_files"])
+def test_a_plan_that_writes_outside_the_output_is_refused(
+    tiny: tuple[Path, Path], tmp_path: Path, part: str, name: str
+) -> None:
+    document = json.loads(rawmerge.format_plan(rawmerge.plan_merge(*tiny, dtype="float32")))
+    document[part][0]["name"] = name
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(rawmerge.RefusedError, match="a file of its own inside the output"):
+        rawmerge.run_plan(rawmerge.parse_plan(json.dumps(document)), tmp_path / "deep" / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path("/tmp/rawmerge-evil").exists()

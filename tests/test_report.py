@@ -148,6 +148,7 @@ def test_a_summary_is_one_json_object() -> None:
         "unchanged": ["a"],
         "byte_count": 4_000_000,
         "seconds": 2.0,
+        "notes": [],
     }
 
 

@@ -67,6 +67,6 @@ def test_a_lost_chat_template_is_told(paths: Paths) -> None:
 
 def test_an_adapter_without_a_tokenizer_leaves_the_base_s(tiny: Paths, tmp_path: Path) -> None:
     plan = rawmerge.plan_merge(*tiny, tokenizer="adapter")
-    assert plan.notes == ("the adapter brings no tokenizer: the base's is copied",)
+    assert plan.notes == ("the adapter brings no tokenizer: the output gets the base's files",)
     rawmerge.run_plan(plan, tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (tiny[0] / "tokenizer.json").read_bytes()

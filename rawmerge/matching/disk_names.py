@@ -56,7 +56,7 @@ class DiskNames:
         self.incomplete: dict[str, str] = {}
         self._experts: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
         self._parts: dict[str, int] = {}
-        self._stacks: dict[str, dict[int, str]] = defaultdict(dict)
+        self._stacks: dict[tuple[str, int], dict[int, str]] = defaultdict(dict)
         for name, source in base.tensors.items():
             self._enter(name, source)
         self._enter_experts()
@@ -85,7 +85,8 @@ class DiskNames:
                 self.incomplete[fused.parameter] = f"two tensors for one expert, {quote(twin)} and {quote(name)}"
             self._parts[fused.parameter] = fused.parts
         if stacked := self.family.stacked(canonical):
-            self._stacks[stacked[0]][stacked[1]] = name
+            memory_name, at, count = stacked
+            self._stacks[memory_name, count][at] = name
 
     def _enter_experts(self) -> None:
         for parameter, names in self._experts.items():
@@ -102,10 +103,10 @@ class DiskNames:
                 self.places[parameter].append(_experts_place(names, shapes[0], count, self._parts[parameter]))
 
     def _enter_stacks(self) -> None:
-        for memory_name, names in self._stacks.items():
+        for (memory_name, count), names in self._stacks.items():
             shapes = {self.tensors[name].shape[1:] for name in names.values()}
-            if sorted(names) == list(range(len(names))) and len(shapes) == 1:
-                ordered = [names[number] for number in sorted(names)]
+            if len(names) == count and len(shapes) == 1:
+                ordered = [names[number] for number in range(count)]
                 self.places[memory_name].append(_stack(ordered, self.tensors))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from itertools import permutations
 from typing import Final
 
-from rawmerge.errors import PlanError, Problem
+from rawmerge.errors import AdapterError, PlanError, Problem
 from rawmerge.formats.adapter_config import matches_target
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.lora_pairs import LoraPair
@@ -86,13 +86,25 @@ class ExpertMatcher:
     def _assign(self, pairs: list[LoraPair], places: Mapping[str, Place]) -> None:
         """Give each pair its parameter: by shape, and where several fit, by the order of registration."""
         inner_first = sorted(pairs, key=lambda pair: -pair.depth)
+        depths = [pair.depth for pair in inner_first]
+        if depths != list(reversed(range(len(depths)))):
+            expected = f"pairs at depths {list(range(max(depths) + 1))}, for wrappers nest without gaps"
+            self._ledger.problems.add(AdapterError, [Problem(pairs[0].first, expected, f"{depths[::-1]}")])
+            return
+        if self._ledger.adapter.config.target_parameters and len(pairs) < len(places):
+            expected = (
+                f"a pair for each of the {len(places)} parameters that target_parameters names: {', '.join(places)}"
+            )
+            hint = "the file is incomplete; save the adapter again"
+            self._ledger.problems.add(AdapterError, [Problem(pairs[0].first, expected, f"{len(pairs)}", hint)])
+            return
         ordered = sorted(places, key=lambda leaf: _REGISTERED.index(leaf) if leaf in _REGISTERED else -1)
         fitting = [
             leaves
             for leaves in permutations(ordered[:_MOST_PARAMETERS], len(inner_first))
             if all(self._fits(pair, places[leaf]) for pair, leaf in zip(inner_first, leaves, strict=True))
         ]
-        if len(fitting) > 1 and set(places) <= set(_REGISTERED):
+        if len(fitting) > 1 and len(pairs) == len(places) and set(places) <= set(_REGISTERED):
             fitting = fitting[:1]
         if len(fitting) != 1:
             self._ledger.problems.add(PlanError, [self._assignment_problem(inner_first, places, len(fitting))])
@@ -119,6 +131,9 @@ class ExpertMatcher:
         if "lora_b_bias" in pair.names:
             problem = Problem(pair.names["lora_b_bias"].text, "no bias on a bare parameter", "one")
             self._ledger.problems.add(PlanError, [problem])
+            return
+        if reason := self._unmatched.dtype_problem(place) or self._ledger.claim(place, pair.first):
+            self._ledger.problems.add(PlanError, [reason])
             return
         tensors = {"lora_a": self._ledger.source(name_a), "lora_b": self._ledger.source(name_b)}
         kind = KIND if len(place.shape) == 3 and place.shape[0] > 1 else "lora"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from rawmerge.adapter import Adapter
 from rawmerge.base_checkpoint import BaseCheckpoint
-from rawmerge.errors import ProblemCollector
+from rawmerge.errors import Problem, ProblemCollector, quote
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.matching.places import Piece, Place
 from rawmerge.merge_plan import AdapterUse, Setting, Update, Window
@@ -30,6 +30,28 @@ class Addition:
     like: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a disk tensor, and the first tensor of the pair that updates it."""
+
+    piece: Piece
+    subject: str
+    is_all: bool
+
+    def overlaps(self, other: _Part) -> bool:
+        """Whether the two share an element; columns that alternate do not."""
+        if self.is_all or other.is_all:
+            return True
+        one, two = self.piece, other.piece
+        share_rows = one.row < two.row + two.rows and two.row < one.row + one.rows
+        if not share_rows or one.columns < 0 or two.columns < 0:
+            return share_rows
+        if one.column_step > 1 and one.column_step == two.column_step:
+            return (one.column - two.column) % one.column_step == 0
+        ends = [piece.column + piece.columns * piece.column_step for piece in (one, two)]
+        return one.column < ends[1] and two.column < ends[0]
+
+
 @dataclass(slots=True)
 class Ledger:
     """What the output takes from the adapter, and the account of each adapter tensor.
@@ -42,6 +64,7 @@ class Ledger:
         columns: tensors that are cut in another matrix view than the default one, and its columns.
         cuts: rows of that view at which a product begins, beside those at which an update's window does.
         embeddings: tensors that an embedding pair updates.
+        claims: disk tensor to the parts of it that pairs update.
         uses: the account; notes: what a user may want to know.
     """
 
@@ -55,6 +78,7 @@ class Ledger:
     columns: dict[str, int] = field(default_factory=dict)
     cuts: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     embeddings: set[str] = field(default_factory=set)
+    claims: dict[str, list[_Part]] = field(default_factory=lambda: defaultdict(list))
     uses: list[AdapterUse] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -79,6 +103,17 @@ class Ledger:
         tensors = [place] if isinstance(place, str) else list(dict.fromkeys(place.tensors))
         shown = tensors[0] if len(tensors) == 1 else ", ".join(dict.fromkeys(map(_without_expert, tensors)))
         self.uses.extend(AdapterUse(name.text, use, shown, len(tensors), reason) for name in names)
+
+    def claim(self, place: Place, subject: str) -> Problem | None:
+        """Note that a pair updates a place; return the problem where another pair updates a part of it."""
+        for piece in place.pieces:
+            part = _Part(piece, subject, place.is_whole)
+            taken = self.claims[piece.tensor]
+            if other := next((other for other in taken if other.subject != subject and other.overlaps(part)), None):
+                expected, found = f"one pair for {quote(piece.tensor)}", f"another, {quote(other.subject)}"
+                return Problem(subject, expected, found, "the file holds one module under two names")
+            taken.append(part)
+        return None
 
     def update_place(
         self, place: Place, kind: str, tensors: Mapping[str, TensorSource], settings: Mapping[str, Setting]

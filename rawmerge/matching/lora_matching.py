@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from rawmerge.dtypes import DTYPES
-from rawmerge.errors import AdapterError, PlanError, Problem, quote
+from rawmerge.errors import AdapterError, PlanError, Problem
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.matching.expert_matching import ExpertMatcher
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.lora_pairs import LoraPair, group_pairs, half_problem
 from rawmerge.matching.naming import NameResolver, Resolution, Target
-from rawmerge.matching.places import Place
+from rawmerge.matching.places import Place, whole
 from rawmerge.matching.tied_embeddings import Tie
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.merge_plan import Setting
@@ -30,7 +30,6 @@ class LoraMatcher:
         self._unmatched = unmatched
         self._tie = tie
         self._experts = ExpertMatcher(ledger, resolver, unmatched, layout)
-        self._taken: dict[str, str] = {}
 
     def match(self, names: Iterable[AdapterTensorName]) -> None:
         """Record the updates of the pairs that these tensors form."""
@@ -81,19 +80,12 @@ class LoraMatcher:
             expected = "target_parameters that name the parameters of this module"
             problem = Problem(pair.first, expected, "a nested pair on a module of one weight")
         else:
-            problem = self._unmatched.dtype_problem(place) or self._twice(pair, place)
+            tied_dtype = self._ledger.base.tensors[self._tie.input].dtype if self._tie else "F32"
+            problem = self._unmatched.dtype_problem(place, tied_dtype) or self._ledger.claim(place, pair.first)
         if problem:
             self._ledger.problems.add(PlanError, [problem])
             return None
         return place
-
-    def _twice(self, pair: LoraPair, place: Place) -> Problem | None:
-        key = f"{place.name} {place.pieces[0]}"
-        first = self._taken.setdefault(key, pair.first)
-        if first == pair.first:
-            return None
-        expected = f"one pair for {quote(place.name)}"
-        return Problem(pair.first, expected, f"another, {quote(first)}", "the file holds one module under two names")
 
     def _record(self, pair: LoraPair, place: Place, layout: SquareLayout) -> None:
         try:
@@ -108,7 +100,7 @@ class LoraMatcher:
             self._ledger.embeddings.add(place.name)
         self._ledger.account(pair.factors, "updates", place)
         if bias := pair.names.get("lora_b_bias"):
-            self._record_bias(bias, number(settings, "scaling"))
+            self._record_bias(bias, place, number(settings, "scaling"))
 
     def _settings(self, pair: LoraPair, place: Place, layout: SquareLayout) -> Mapping[str, Setting]:
         config = self._ledger.adapter.config
@@ -133,17 +125,19 @@ class LoraMatcher:
         beside = names.places.get(f"{layer}.experts.gate_up_proj", ())
         return router == "weight" and any(not place.is_whole for place in beside)
 
-    def _record_bias(self, name: AdapterTensorName, scaling: float) -> None:
-        target = f"{name.module_path}.bias"
-        resolution = self._resolver.resolve([Target(target, lambda _: True)])[target]
-        if resolution.place is None or not resolution.place.is_whole:
-            problem = self._unmatched.problem(name.text, target, resolution, "that this bias is added to")
-            self._ledger.problems.add(PlanError, [problem])
+    def _record_bias(self, name: AdapterTensorName, weight: Place, scaling: float) -> None:
+        """Record the pair's bias: it goes where the pair's weight went, for another tower may have one of its name."""
+        beside = f"{weight.name.removesuffix('.weight')}.bias"
+        source, base = self._ledger.source(name), self._ledger.base.tensors.get(beside)
+        if base is None or not weight.is_whole:
+            lacking = self._unmatched.problem(name.text, name.target, Resolution(None), "that this bias is added to")
+            self._ledger.problems.add(PlanError, [lacking])
             return
-        place, source = resolution.place, self._ledger.source(name)
-        if source.shape != place.shape:
-            found = f"{list(source.shape)}"
-            problem = Problem(name.text, f"the base's shape {list(place.shape)}", found)
+        place = whole(beside, base.shape)
+        problem = self._unmatched.dtype_problem(place) or self._ledger.claim(place, name.text)
+        if source.shape != place.shape or len(source.shape) != 1:
+            problem = Problem(name.text, f"the base's shape {list(place.shape)}", f"{list(source.shape)}")
+        if problem:
             self._ledger.problems.add(PlanError, [problem])
             return
         self._ledger.update_place(place, "lora_bias", {"bias": source}, {"scaling": scaling})

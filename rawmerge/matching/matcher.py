@@ -20,10 +20,11 @@ from rawmerge.matching.disk_names import DiskNames
 from rawmerge.matching.ledger import Addition, Ledger
 from rawmerge.matching.lora_matching import LoraMatcher
 from rawmerge.matching.naming import NameResolver
+from rawmerge.matching.row_matching import RowMatcher
 from rawmerge.matching.stored_matching import StoredMatcher
 from rawmerge.matching.tied_embeddings import TieSettlement, check_unknown_tie, find_tie
 from rawmerge.matching.unmatched import Unmatched
-from rawmerge.matching.untouched import untouched_note
+from rawmerge.matching.untouched import absent_note, untouched_note
 from rawmerge.matching.vocabulary import check_vocabulary
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import AdapterUse, Update
@@ -77,9 +78,11 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions)
     stored.match(name for name in names if name.role in _STORED)
     pairs = (name for name in names if name.role not in {*_STORED, "foreign", "token_rows"})
     LoraMatcher(ledger, resolver, unmatched, tie, options.moe_lora_b_layout).match(pairs)
-    stored.match_rows(name for name in names if name.role == "token_rows")
+    RowMatcher(ledger, resolver, unmatched, tie).match(name for name in names if name.role == "token_rows")
     ledger.problems.raise_if_any()
     if note := untouched_note(disk_names, adapter.config, ledger.updates.keys()):
+        ledger.notes.append(note)
+    if note := absent_note(adapter.config, {name.module_path for name in names if name.role in _STORED}):
         ledger.notes.append(note)
     if tie is None:
         check_unknown_tie(base.config, ledger)

@@ -138,6 +138,7 @@ class _SuffixSearch:
     def __init__(self, names: DiskNames, neutral: frozenset[str]) -> None:
         self._names = names
         self._neutral = neutral
+        self._plain = neutral | _NEUTRAL_ON_DISK
         #: What was put in front, in place of what was taken away, where a stack of layers was found.
         self._learned: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
 
@@ -168,8 +169,9 @@ class _SuffixSearch:
             everywhere = self._fronts(stem[count:], rests[0])
             fronts = {front for front in everywhere if self._takes(front, stem[count:], group, rests)}
             fronts = fronts & self._learned[stem[:count]] or fronts
-            if len(fronts) == 1 and not self._is_neutral(fronts | everywhere, stem, count):
-                break
+            is_tower = count == 0 and len(everywhere) == 1 and not set(stem[:-1]) <= self._plain
+            if len(fronts) == 1 and not is_tower and not all(set(front) <= self._plain for front in fronts):
+                break  # the only place that fits is in a tower that the adapter does not name
             if fronts:
                 if len(group) > 1 and len(fronts) == 1:
                     self._learned[stem[:count]] |= fronts
@@ -183,18 +185,12 @@ class _SuffixSearch:
         places = [self._place((*front, *end), target) for front in sorted(fronts)]
         return Resolution(None, tuple(place.name for place in places if place))
 
-    def _is_neutral(self, fronts: set[tuple[str, ...]], stem: tuple[str, ...], count: int) -> bool:
-        """Whether what stands before the stem says nothing of a tower, or the stem itself names the only one."""
-        plain = self._neutral | _NEUTRAL_ON_DISK
-        is_tower = count == 0 and len(fronts) == 1 and not set(stem[:-1]) <= plain
-        return is_tower or all(set(front) <= plain for front in fronts)
-
     def _fronts(self, stem: tuple[str, ...], rest: list[str]) -> set[tuple[str, ...]]:
         """Return all that stands before `stem` and `rest` on disk, whatever the shapes."""
         tail = ".".join((*stem, *rest))
         fronts = {_front(name, tail) for name in self._names.places if name == tail or name.endswith(f".{tail}")}
         if not _stem(tail):  # a head of another tower is not the text model's
-            fronts = {front for front in fronts if set(front) <= self._neutral | _NEUTRAL_ON_DISK}
+            fronts = {front for front in fronts if set(front) <= self._plain}
         return fronts
 
     def _takes(

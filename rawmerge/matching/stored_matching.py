@@ -1,7 +1,7 @@
-"""Tensors that the adapter stores whole: saved modules, trained biases, embeddings, token rows.
+"""Tensors that the adapter stores whole: saved modules, trained biases, embeddings.
 
 Source: PEFT 0.21.2 `utils/save_and_load.py` `get_peft_model_state_dict` (what is stored), `utils/other.py`
-`ModulesToSaveWrapper`, `tuners/trainable_tokens/layer.py` (rows replace rows).
+`ModulesToSaveWrapper`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
 from rawmerge.matching.tied_embeddings import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tie
 from rawmerge.matching.unmatched import Unmatched
+from rawmerge.matching.vocabulary import is_of_vocabulary
 from rawmerge.merge_options import OVERLAY
-from rawmerge.methods import METHODS
-from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError
 from rawmerge.tensor_source import TensorSource
 
 _EMBEDDINGS: Final = frozenset(
@@ -67,31 +66,27 @@ class StoredMatcher:
         for name in sorted(wanted, key=lambda name: resolutions[name.target].place is None):  # a twin needs the other
             self._record(name, resolutions[name.target])
 
-    def match_rows(self, names: Iterable[AdapterTensorName]) -> None:
-        """Record trained token rows."""
-        for name in names:
-            resolution = self.resolver.resolve([Target(name.target, lambda place: len(place.shape) == 2)])[name.target]
-            place = resolution.place
-            if place is None and self.tie:
-                place = self.tie.place_of(self.resolver.names.family.canonical(name.target), self.ledger)
-            if place is None or not place.is_whole:
-                problem = self.unmatched.problem(name.text, name.target, resolution, "whose rows these are")
-                self.ledger.problems.add(PlanError, [problem])
-            else:
-                self._record_rows(name, place)
-
     def _without_copies(self, names: list[AdapterTensorName]) -> list[AdapterTensorName]:
         """Return the names of trained tensors; PEFT stores copies beside them where the vocabulary was resized."""
-        trained = {name.target for name in names if name.role in {"stored", "stored_base"}}
+        trained = {name.target: name for name in names if name.role in {"stored", "stored_base"}}
         kept = []
         for name in names:
             if name.role == "original_copy":
                 self._ignore(name, "the untrained copy of a saved module")
             elif name.role == "saved_copy" and name.target in trained:
-                self._ignore(name, "a copy of the tensor that is stored under its own name")
+                self._ignore_copy(name, trained[name.target])
             else:
                 kept.append(name)
         return kept
+
+    def _ignore_copy(self, name: AdapterTensorName, other: AdapterTensorName) -> None:
+        """Ignore a tensor that another one repeats; refuse one that it does not."""
+        copy, source = self.ledger.source(name), self.ledger.source(other)
+        if same_values(copy, source, copy.dtype):
+            self._ignore(name, "a copy of the tensor that is stored under its own name")
+        else:
+            expected = f"the values of {quote(other.text)}, which replaces the same tensor"
+            self.ledger.problems.add(PlanError, [Problem(name.text, expected, "others")])
 
     def _ignore(self, name: AdapterTensorName, reason: str) -> None:
         self.ledger.account([name], "ignored", name.target, reason)
@@ -122,27 +117,70 @@ class StoredMatcher:
     def _record(self, name: AdapterTensorName, resolution: Resolution) -> None:
         place = resolution.place
         if place and place.is_whole:
-            self._replace(name, place)
+            self._replace_once(name, place)
         elif place or resolution.candidates:
             problem = self.unmatched.problem(name.text, name.target, resolution, "that it replaces")
             self.ledger.problems.add(PlanError, [problem])
         elif self.tie and (head := self.tie.place_of(self.resolver.names.family.canonical(name.target), self.ledger)):
-            self.ledger.additions[head.name] = Addition(self.ledger.source(name), self.tie.input, self.tie.input)
-            self.ledger.account([name], "adds", head.name)
+            self._add(name, head.name, self.tie.input)
         elif twin := self._twin(name):
             self._ignore(name, f"equal to {quote(twin)}, which the base ties to it")
-        elif is_saved_module(self.ledger.adapter.config, name.module_path):
-            self.ledger.additions[name.target] = Addition(self.ledger.source(name))
-            self.ledger.account([name], "adds", name.target)
+        elif target := self._beside(name):
+            self._add(name, target)
+        elif is_saved_module(self.ledger.adapter.config, name.module_path) and not self._is_known(name):
+            self._add(name, name.target)
         else:
             problem = self.unmatched.problem(name.text, name.target, resolution, "that it replaces")
             self.ledger.problems.add(PlanError, [problem])
 
+    def _add(self, name: AdapterTensorName, target: str, tied_to: str = "") -> None:
+        """Add a tensor that the base lacks, in the place of a tied one where `tied_to` names the other side."""
+        source = self.ledger.source(name)
+        beside = self.ledger.base.tensors[tied_to] if tied_to else source
+        if problem := self._shape_problem(name, source, beside) or _dtype_problem(name, source, beside):
+            self.ledger.problems.add(PlanError, [problem])
+            return
+        if tied_to and source.shape[0] < beside.shape[0]:
+            self.ledger.overlays[target], source = source, beside
+        self.ledger.additions[target] = Addition(source, tied_to, tied_to)
+        self.ledger.account([name], "adds", target)
+
+    def _beside(self, name: AdapterTensorName) -> str:
+        """Return the name for a buffer or bias that the base lacks of a module that it has."""
+        if not is_saved_module(self.ledger.adapter.config, name.module_path):
+            return ""
+        weight = Target(f"{name.module_path}.weight", lambda _: True)
+        place = self.resolver.resolve([weight])[weight.name].place
+        target = f"{place.name.removesuffix('.weight')}.{name.parameter}" if place and place.is_whole else ""
+        return "" if target in self.ledger.base.tensors else target  # one that it has, of another shape, is no new one
+
+    def _is_known(self, name: AdapterTensorName) -> bool:
+        """Whether the base has a module of this name, or the path leads into its layers: then it is no new head."""
+        segments = name.module_path.split(".")
+        paths = [".".join(segments[: count + 1]) for count in range(len(segments))]
+        head = next(path for path in paths if is_saved_module(self.ledger.adapter.config, path))
+        own = {segment for tensor in self.ledger.base.tensors for segment in tensor.split(".")}
+        return head.rpartition(".")[2] in own or any(segment.isdigit() for segment in segments)
+
     def _twin(self, name: AdapterTensorName) -> str:
         """Return a replaced tensor of the same values: a tied one is stored under each of its names."""
         source = self.ledger.source(name)
-        alike = ((at, other) for at, other in self.ledger.replacements.items() if other.shape == source.shape)
+        # others, such as biases of zeros, are equal by chance
+        tied = ((at, other) for at, other in self.ledger.replacements.items() if is_of_vocabulary(at))
+        alike = ((at, other) for at, other in tied if other.shape == source.shape)
         return next((at for at, other in alike if same_values(source, other, source.dtype)), "")
+
+    def _replace_once(self, name: AdapterTensorName, place: Place) -> None:
+        """Replace a tensor, unless another of the adapter's has; that one must be the same."""
+        source = self.ledger.source(name)
+        other = self.ledger.replacements.get(place.name) or self.ledger.overlays.get(place.name)
+        if other is None:
+            self._replace(name, place)
+        elif same_values(source, other, source.dtype):
+            self._ignore(name, f"equal to what replaces {quote(place.name)}")
+        else:
+            problem = Problem(name.text, f"one tensor to replace {quote(place.name)}", "another one, of other values")
+            self.ledger.problems.add(PlanError, [problem])
 
     def _replace(self, name: AdapterTensorName, place: Place) -> None:
         source, base = self.ledger.source(name), self.ledger.base.tensors[place.name]
@@ -178,8 +216,11 @@ class StoredMatcher:
 
     def _unlike_problem(self, name: AdapterTensorName, source: TensorSource, base: TensorSource) -> Problem | None:
         """Return why a frozen embedding, stored beside what was trained, shows that the base is another one."""
-        is_frozen = not is_saved_module(self.ledger.adapter.config, name.module_path)
-        if not is_frozen or self.is_forced or len(source.shape) != 2 or not DTYPES[base.dtype].is_mergeable:
+        saved = self.ledger.adapter.config.modules_to_save
+        # a tied side is stored with the other, which was trained
+        is_frozen = not any(module.rpartition(".")[2] in _EMBEDDINGS for module in saved)
+        is_frozen = is_frozen and not is_saved_module(self.ledger.adapter.config, name.module_path)
+        if not is_frozen or len(source.shape) != 2 or not DTYPES[base.dtype].is_mergeable:
             return None
         coarser = max((source.dtype, base.dtype), key=_PRECISION.index)
         share = sample_rows_equal(source, base, _SAMPLED_ROWS, coarser)
@@ -187,6 +228,9 @@ class StoredMatcher:
             return None
         expected = "rows equal to the base's, for they were frozen in training"
         found = f"{share:.0%} of {_SAMPLED_ROWS} sampled rows equal"
+        if self.is_forced:
+            self.ledger.notes.append(f"{quote(name.text)}: expected {expected}, found {found}; taken by force")
+            return None
         hint = "the adapter was trained on another base; --force takes its embedding all the same"
         return Problem(name.text, expected, found, hint)
 
@@ -194,36 +238,6 @@ class StoredMatcher:
         """Whether the tensor is of a classification head, whose rows are labels."""
         is_saved = is_saved_module(self.ledger.adapter.config, name.module_path)
         return is_saved and not _HEADS.isdisjoint(name.module_path.split("."))
-
-    def _record_rows(self, name: AdapterTensorName, place: Place) -> None:
-        indices = self._indices(name)
-        if indices is None:
-            expected = "trainable_token_indices that say which rows these are"
-            self.ledger.problems.add(PlanError, [Problem(name.text, expected, "none for this module")])
-            return
-        source = self.ledger.source(name)
-        facts = ModuleFacts(self.ledger.place_shape(place), 1, 1.0, None, token_indices=indices)
-        try:
-            settings = METHODS["token_rows"].settings({"rows": source.shape}, facts)
-        except ShapeMismatchError as error:
-            self.ledger.problems.add(PlanError, [Problem(name.text, error.expected, error.found, error.hint)])
-            return
-        if any(update.kind == "token_rows" for update in self.ledger.updates.get(place.name, ())):
-            problem = Problem(name.text, f"one set of trained rows for {quote(place.name)}", "another")
-            self.ledger.problems.add(PlanError, [problem])
-            return
-        self.ledger.update_place(place, "token_rows", {"rows": source}, settings)
-        self.ledger.account([name], "updates", place)
-
-    def _indices(self, name: AdapterTensorName) -> tuple[int, ...] | None:
-        """Return the rows that a token adapter replaces, in the order of its own rows."""
-        tables = self.ledger.adapter.config.token_indices
-        # PEFT matches these keys by plain suffix (utils/other.py `_set_trainable`)
-        named = [rows for key, rows in tables.items() if key and name.module_path.endswith(key)]
-        if named:
-            return named[0]
-        # the rows of a tied output side are stored under its own name where the vocabulary was resized
-        return tables.get("") or (next(iter(tables.values())) if len(tables) == 1 and self.tie else None)
 
 
 class _LikeShape:

@@ -36,6 +36,8 @@ INPUT_EMBEDDINGS: Final = (
     "embed_in",
     "shared",
 )
+#: Names of input embeddings in families whose ties are not followed.
+_UNUSUAL_INPUTS: Final = frozenset({"embeddings", "embedding", "word_embedding", "input_embedding", "emb", "w"})
 OUTPUT_EMBEDDINGS: Final = ("lm_head", "embed_out", "output_projection")
 #: Embeddings of something else than tokens have no output projection.
 _NO_TOKENS: Final = re.compile(r"position|wpe|pos_emb|token_type|segment|type_emb")
@@ -79,9 +81,7 @@ class Tie:
         """Return the place of the output projection, if that is what the name means and the disk lacks it."""
         if canonical_name != OUTPUT_EMBEDDING or self.is_written or not self.is_certain:
             return None
-        is_new = self.output in ledger.additions
-        shape = ledger.additions[self.output].source.shape if is_new else ledger.shape_of(self.input)
-        return whole(self.output, shape)
+        return whole(self.output, ledger.shape_of(self.output if self.output in ledger.additions else self.input))
 
 
 def find_tie(config: ModelConfig, names: DiskNames) -> Tie | None:
@@ -133,7 +133,9 @@ def check_unknown_tie(config: ModelConfig, ledger: Ledger) -> None:
     Raises:
         UnsupportedAdapterError: the base ties embeddings, and which tensors these are is not certain.
     """
-    changed = sorted(name for name in ledger.embeddings if not _NO_TOKENS.search(_module(name)))
+    stored = (name for name in (*ledger.replacements, *ledger.overlays) if _module(name) in _UNUSUAL_INPUTS)
+    heads = (name for name in ledger.additions if name.endswith(OUTPUT_EMBEDDING))
+    changed = sorted(name for name in {*ledger.embeddings, *stored, *heads} if not _NO_TOKENS.search(_module(name)))
     if changed and config.ties_embeddings and _has_output(config, changed):
         model = ", ".join(config.architectures) or "an unnamed architecture"
         raise UnsupportedAdapterError(_unknown_head(changed[0], model))
@@ -154,22 +156,50 @@ class TieSettlement:
         is_both = self._changes(self._tie.input) and self._changes(self._tie.output)
         if self._ledger.adapter.config.ensure_weight_tying and is_both:
             return self._keep_tied()
+        if not self._tie.is_certain and (not self._stays_tied() or self._has_copies()):
+            self._ledger.problems.add(UnsupportedAdapterError, [_unknown_head(self._tie.input, self._tie.model)])
+            return False
         if self._tie.is_written:
-            return not self._stays_tied()
+            return self._settle_written()
         if self._stays_tied():
             self._drop_output("equal to the input embedding, which stays tied to it")
-            return False
-        if not self._tie.is_certain:
-            self._ledger.problems.add(UnsupportedAdapterError, [_unknown_head(self._tie.input, self._tie.model)])
             return False
         self._write_output()
         return True
 
-    def _changes(self, name: str) -> bool:
-        ledger = self._ledger
-        return bool(ledger.updates.get(name)) or any(
-            name in table for table in (ledger.replacements, ledger.overlays, ledger.additions)
+    def _settle_written(self) -> bool:
+        """Settle a tie of which the disk holds both sides: loaders may read either."""
+        ledger, tie = self._ledger, self._tie
+        stays = self._stays_tied()
+        if stays and not self._changes(tie.output):
+            for table in (ledger.replacements, ledger.overlays):
+                if tie.input in table:
+                    table[tie.output] = table[tie.input]
+        if not self._changes(tie.output) or not self._is_stored(tie.output):
+            self._inherit_rows()
+        return not stays
+
+    def _has_copies(self) -> bool:
+        """Whether the disk holds the embedding under further names, which would have to change with it."""
+        tensors, name = self._ledger.base.tensors, self._tie.input
+        others = (other for other in tensors if other != name and _module(other) in INPUT_EMBEDDINGS)
+        return any(tensors[other].shape == tensors[name].shape for other in others)
+
+    def _is_stored(self, name: str) -> bool:
+        return any(
+            name in table for table in (self._ledger.replacements, self._ledger.overlays, self._ledger.additions)
         )
+
+    def _inherit_rows(self) -> None:
+        """Give the output projection the trained rows of the input embedding, for they are the tied tensor's."""
+        ledger, tie = self._ledger, self._tie
+        own = ledger.updates.get(tie.output, [])
+        rows = [update for update in ledger.updates.get(tie.input, ()) if update.kind == "token_rows"]
+        if rows and not any(update.kind == "token_rows" for update in own):
+            ledger.updates[tie.output] = [*rows, *own]
+
+    def _changes(self, name: str) -> bool:
+        return bool(self._ledger.updates.get(name)) or self._is_stored(name)
 
     def _stays_tied(self) -> bool:
         """Whether both sides hold the same values after the merge."""
@@ -223,6 +253,8 @@ class TieSettlement:
             return is_equal and self._changes(tie.input)
         if len(inner) != len(outer) or len(pairs) != 2:
             return False
+        if pairs[0].settings["scaling"] != pairs[1].settings["scaling"]:
+            return False
         first, second = (update.tensors for update in pairs)
         return same_transposed(first["lora_embedding_b"], second["lora_a"]) and same_transposed(
             first["lora_embedding_a"], second["lora_b"]
@@ -232,6 +264,7 @@ class TieSettlement:
         ledger, name = self._ledger, self._tie.output
         ledger.updates.pop(name, None)
         ledger.additions.pop(name, None)
+        ledger.overlays.pop(name, None)
         ledger.uses[:] = [
             replace(use, use="ignored", reason=reason) if use.tensor_name == name else use for use in ledger.uses
         ]
@@ -240,11 +273,10 @@ class TieSettlement:
         ledger, tie = self._ledger, self._tie
         is_frozen = tie.input in ledger.replacements and not self._is_trained(tie.input)
         source = ledger.replacements[tie.input] if is_frozen else ledger.base.tensors[tie.input]
-        # trained rows are the tied tensor's, so the output projection has them too
-        own = ledger.updates.get(tie.output, [])
-        rows = [update for update in ledger.updates.get(tie.input, ()) if update.kind == "token_rows"]
-        if rows and not any(update.kind == "token_rows" for update in own):
-            ledger.updates[tie.output] = [*rows, *own]
+        if tie.output not in ledger.additions:
+            self._inherit_rows()
+            if tie.input in ledger.overlays and not self._is_trained(tie.input):
+                ledger.overlays[tie.output] = ledger.overlays[tie.input]
         written = ledger.additions.setdefault(tie.output, Addition(source, tie.input, tie.input))
         shape = ledger.base.tensors[tie.input].shape if tie.input in ledger.overlays else ledger.shape_of(tie.input)
         if written.source.shape != shape:

@@ -34,7 +34,10 @@ class Unmatched:
             return Problem(subject, f"one base tensor for {quote(target)}", found, hint)
         expected = f"a base tensor {quote(target)} {what}"
         canonical = self._names.family.canonical(target)
-        if reason := self._names.incomplete.get(canonical):
+        if place := resolution.place:
+            found = f"it in parts: {', '.join(map(quote, place.tensors[:_MAX_CANDIDATES]))}"
+            return Problem(subject, f"one whole base tensor for {quote(target)} {what}", found)
+        if reason := self._incomplete(canonical):
             return Problem(subject, expected, reason, "the checkpoint is incomplete; fetch it again")
         if packed := self._packed(target, canonical):
             return Problem(subject, expected, f"packed weights, {quote(packed)}", "merge into the unquantised base")
@@ -45,17 +48,28 @@ class Unmatched:
         self._suggestions += 1
         return suggest(target, self._base.tensors) if self._suggestions <= _MAX_SUGGESTIONS else ""
 
-    def dtype_problem(self, place: Place) -> Problem | None:
-        """Return why a delta cannot be added to a place."""
+    def dtype_problem(self, place: Place, tied_dtype: str = "F32") -> Problem | None:
+        """Return why a delta cannot be added to a place.
+
+        Args:
+            place: the place.
+            tied_dtype: dtype of the tensor that a place not on disk is tied to.
+        """
         for name in place.tensors:
             if reason := self._names.family.unsupported(name):
                 hint = "save the base with the transformers version that the adapter was trained with"
                 return Problem(name, "a tensor as the model holds it", reason, hint)
-            dtype = self._base.tensors[name].dtype if name in self._base.tensors else "F32"
+            dtype = self._base.tensors[name].dtype if name in self._base.tensors else tied_dtype
             if not DTYPES[dtype].is_mergeable:
                 hint = "merge into the unquantised base"
                 return Problem(name, "a plain float dtype (F64, F32, BF16, F16)", dtype, hint)
         return None
+
+    def _incomplete(self, canonical: str) -> str:
+        """Return what is missing of a fused parameter, or of one of a module whose pairs name none."""
+        module = canonical.removesuffix(".weight")
+        found = self._names.incomplete.items()
+        return next((why for name, why in found if name == canonical or name.rpartition(".")[0] == module), "")
 
     def _packed(self, target: str, canonical: str) -> str:
         stems = [name.removesuffix(".weight") for name in (target, canonical)]

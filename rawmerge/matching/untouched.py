@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from rawmerge.errors import quote
-from rawmerge.formats.adapter_config import AdapterConfig, matches_target
+from rawmerge.formats.adapter_config import TASK_HEADS, AdapterConfig, matches_target
 from rawmerge.matching.disk_names import DiskNames
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -34,7 +34,23 @@ def untouched_note(names: DiskNames, config: AdapterConfig, changed: Collection[
         return ""
     listed = [f"{quote(path)}{f' (x {count})' if count > 1 else ''}" for path, count in missed.items()]
     more = f" and {len(listed) - _MAX_FAMILIES} more" if len(listed) > _MAX_FAMILIES else ""
-    return f"target_modules also names, and the adapter has no tensors for: {', '.join(listed[:_MAX_FAMILIES])}{more}"
+    shown = f"{', '.join(listed[:_MAX_FAMILIES])}{more}"
+    return f"target_modules also fits modules that the adapter has no tensors for, so they stay as they are: {shown}"
+
+
+def absent_note(config: AdapterConfig, modules: Collection[str]) -> str:
+    """Return a note on modules that `modules_to_save` names and the adapter stores nothing of.
+
+    Args:
+        config: the adapter's config.
+        modules: paths of all modules that the adapter stores whole.
+    """
+    heads = TASK_HEADS.get(config.task_type, ())  # PEFT adds all names that such a head may have
+    saved = [name for name in config.modules_to_save if name not in heads]
+    absent = [name for name in saved if not any(name in path for path in modules)]
+    return (
+        f"modules_to_save names {', '.join(map(quote, absent))}, and the adapter stores nothing of it" if absent else ""
+    )
 
 
 def _untouched(names: DiskNames, config: AdapterConfig, changed: Collection[str]) -> Iterator[str]:
