@@ -258,3 +258,60 @@ def test_another_tensor_s_delta_leaves_the_tie_alone(tmp_path: Path) -> None:
     assert raw(found[INPUT]) == raw(EMBEDDING)
     assert OUTPUT not in found
     assert is_tied
+
+
+def test_an_embedding_that_may_be_the_tied_one_is_refused(tmp_path: Path) -> None:
+    base = {"qformer.word_embeddings.weight": EMBEDDING.clone(), "text.decoder.embed_tokens.weight": EMBEDDING.clone()}
+    config = TIED | {"model_type": "own", "architectures": ["OwnForConditionalGeneration"]}
+    pair = embedding_pair("text.decoder.embed_tokens")
+    refuse(tmp_path, "tied embeddings in OwnForConditionalGeneration", pair, base_tensors() | base, config)
+
+
+def test_rows_reach_both_copies_that_the_disk_holds(tmp_path: Path) -> None:
+    base = base_tensors() | {OUTPUT: EMBEDDING.clone()}
+    rows = random_tensor((2, 8), torch.float32, seed=5)
+    ours, is_tied = merge(tmp_path, {ROWS_IN: rows}, base, trainable_token_indices=[7, 3])
+    expected = EMBEDDING.clone()
+    expected[[7, 3]] = rows
+    assert is_tied
+    assert raw(ours[INPUT]) == raw(ours[OUTPUT]) == raw(expected)
+
+
+def test_rows_lie_under_a_delta_of_the_copied_output(tmp_path: Path) -> None:
+    base = base_tensors() | {OUTPUT: EMBEDDING.clone()}
+    rows = random_tensor((1, 8), torch.float32, seed=5)
+    ours, is_tied = merge(tmp_path, {ROWS_IN: rows, **head_pair()}, base, trainable_token_indices=[7])
+    expected = EMBEDDING.clone()
+    expected[7] = rows
+    assert not is_tied
+    assert raw(ours[INPUT]) == raw(expected)
+    torch.testing.assert_close(ours[OUTPUT].double(), expected.double() + delta(head_pair()), atol=1e-6, rtol=1e-6)
+
+
+def test_one_change_with_another_scaling_is_not_the_same_change(tmp_path: Path) -> None:
+    pair = embedding_pair()
+    factor_a, factor_b = pair.values()
+    head = {"lm_head.lora_A.weight": factor_b.T.contiguous(), "lm_head.lora_B.weight": factor_a.T.contiguous()}
+    fields = {"ensure_weight_tying": True, "alpha_pattern": {"lm_head": 60}}
+    refuse(tmp_path, "as ensure_weight_tying says, found another change", {**pair, **head}, **fields)
+
+
+def test_rows_laid_over_a_tied_input_are_those_of_the_written_output_too(tmp_path: Path) -> None:
+    overlay = torch.cat([EMBEDDING[:12], torch.full((4, 8), 9.0)])
+    stored = {"model.embed_tokens.base_layer.weight": overlay}
+    pair = {
+        "model.embed_tokens.lora_embedding_A": random_tensor((RANK, 16), torch.float32),
+        "model.embed_tokens.lora_embedding_B": random_tensor((8, RANK), torch.float32),
+    }
+    ours, is_tied = merge(tmp_path, stored | pair, options={"vocab": "overlay"})
+    assert not is_tied
+    assert raw(ours[OUTPUT]) == raw(torch.cat([overlay, EMBEDDING[16:]]))
+
+
+def test_both_sides_of_a_smaller_vocabulary_are_laid_over(tmp_path: Path) -> None:
+    stored = {INPUT: torch.full((16, 8), 2.0), OUTPUT: torch.full((16, 8), 3.0)}
+    fields = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    ours, is_tied = merge(tmp_path, stored, options={"vocab": "overlay"}, **fields)
+    assert not is_tied
+    for name, value in ((INPUT, 2.0), (OUTPUT, 3.0)):
+        assert raw(ours[name]) == raw(torch.cat([torch.full((16, 8), value), EMBEDDING[16:]]))

@@ -84,8 +84,7 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions)
         ledger.notes.append(note)
     if note := absent_note(adapter.config, {name.module_path for name in names if name.role in _STORED}):
         ledger.notes.append(note)
-    if tie is None:
-        check_unknown_tie(base.config, ledger)
+    check_unknown_tie(base.config, tie, ledger)
     is_untied = bool(tie and TieSettlement(tie, ledger).settle())
     check_vocabulary(ledger)
     ledger.problems.raise_if_any()

@@ -127,15 +127,19 @@ def _output_name(input_name: str, names: DiskNames) -> str:
     return f"language_model.{OUTPUT_EMBEDDING}" if is_old_style else OUTPUT_EMBEDDING
 
 
-def check_unknown_tie(config: ModelConfig, ledger: Ledger) -> None:
+def check_unknown_tie(config: ModelConfig, tie: Tie | None, ledger: Ledger) -> None:
     """Refuse a changed embedding that may be tied under names that are not known.
 
     Raises:
         UnsupportedAdapterError: the base ties embeddings, and which tensors these are is not certain.
     """
-    stored = (name for name in (*ledger.replacements, *ledger.overlays) if _module(name) in _UNUSUAL_INPUTS)
-    heads = (name for name in ledger.additions if name.endswith(OUTPUT_EMBEDDING))
-    changed = sorted(name for name in {*ledger.embeddings, *stored, *heads} if not _NO_TOKENS.search(_module(name)))
+    if tie and tie.is_certain:
+        return
+    tables = (*ledger.replacements, *ledger.overlays)
+    stored = {name for name in tables if _module(name) in {*_UNUSUAL_INPUTS, *INPUT_EMBEDDINGS}}
+    heads = {name for name in ledger.additions if name.endswith(OUTPUT_EMBEDDING)}
+    known = {tie.input, tie.output} if tie else set()  # these are settled
+    changed = sorted(name for name in (ledger.embeddings | stored | heads) - known if not _NO_TOKENS.search(name))
     if changed and config.ties_embeddings and _has_output(config, changed):
         model = ", ".join(config.architectures) or "an unnamed architecture"
         raise UnsupportedAdapterError(_unknown_head(changed[0], model))
