@@ -110,7 +110,7 @@ def _check_names(plan: MergePlan) -> None:
     shards, texts = [shard.name for shard in plan.shards], [file.name for file in plan.written_files]
     sides = [file.name for file in plan.side_files]
     flat = (name for name in (*shards, *texts) if not is_safe_file_name(name))
-    nested = (name for name in sides if not all(map(is_safe_file_name, name.split("/"))))
+    nested = (name for name in sides if {"", ".", ".."} & set(name.split("/")) or {"\\", "\0"} & set(name))
     twice = (name for name, count in Counter([*shards, *texts, *sides, RECORD_NAME]).items() if count > 1)
     expected = "a file of its own inside the output"
     if problems := [Problem(name, expected, "another path, or the name twice") for name in (*flat, *nested, *twice)]:

@@ -67,18 +67,18 @@ def test_at_most_three_names_are_listed_in_the_base_s_order() -> None:
     base = [f"part{number}.norm.weight" for number in range(5)]
     assert near_misses("norm.weight", base) == base[:3]
     assert suggest("norm.weight", base[:2]).startswith(
-        "did you mean 'part0.norm.weight': the base with 'part0.' in front"
+        "did you mean 'part0.norm.weight'? shapes, layers or the tower's name do not fit there"
     )
 
 
 def test_a_prefix_that_the_adapter_lacks_is_named() -> None:
     hint = suggest("layers.0.self_attn.q_proj.weight", BASE)
-    assert hint.startswith("did you mean 'model.layers.0.self_attn.q_proj.weight': the base with 'model.' in front?")
+    assert hint.startswith("did you mean 'model.layers.0.self_attn.q_proj.weight'? shapes, layers or the tower's name")
 
 
 def test_a_prefix_that_the_base_lacks_is_named() -> None:
     hint = suggest("wrapper.model.layers.0.self_attn.q_proj.weight", BASE)
-    assert hint.startswith("did you mean 'model.layers.0.self_attn.q_proj.weight': the base without 'wrapper.'?")
+    assert hint.startswith("did you mean 'model.layers.0.self_attn.q_proj.weight'? shapes, layers or the tower's name")
 
 
 def test_names_that_differ_inside_are_only_listed() -> None:

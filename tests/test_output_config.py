@@ -84,7 +84,7 @@ def test_two_vocabularies_that_grow_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["score.weight", "classifier.out_proj.weight"])
 def test_labels_of_a_new_head_are_written(tmp_path: Path, name: str) -> None:
-    config, notes = edited(tmp_path, {name: torch.ones(3, 8)}, modules_to_save=["score", "classifier"])
+    config, notes = edited(tmp_path, {name: torch.ones(3, 8)}, modules_to_save=[name.partition(".")[0]])
     labels = {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     assert config == LLAMA | {"id2label": labels, "label2id": {label: int(at) for at, label in labels.items()}}
     (note,) = notes

@@ -71,11 +71,18 @@ class ExpertMatcher:
                 found[path][leaf] = resolution.place
             else:
                 missed[path] = (name, resolution)
-        for path in self._ledger.adapter.config.target_parameters and missed.keys() - found.keys():
-            # no parameter that the config names: nothing else may take the pairs
-            problem = self._unmatched.problem(modules.pop(path)[0].first, *missed[path], "for this pair")
-            self._ledger.problems.add(PlanError, [problem])
+        self._refuse_missed(modules, {path: at for path, at in missed.items() if path not in found})
         return found
+
+    def _refuse_missed(self, modules: dict[str, list[LoraPair]], missed: Mapping[str, tuple[str, Resolution]]) -> None:
+        """Refuse pairs on modules of which the base has neither the parameters that the config names nor a weight."""
+        if not self._ledger.adapter.config.target_parameters:
+            return
+        weights = self._resolver.resolve([Target(f"{path}.weight", lambda _: True) for path in missed])
+        for path, at in missed.items():
+            if weights[f"{path}.weight"].place is None:
+                problem = self._unmatched.problem(modules.pop(path)[0].first, *at, "for this pair")
+                self._ledger.problems.add(PlanError, [problem])
 
     def _leaves_of(self, path: str) -> Iterable[str]:
         targets = self._ledger.adapter.config.target_parameters

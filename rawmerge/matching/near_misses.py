@@ -15,7 +15,7 @@ _MOST_SEGMENTS: Final = 5
 _CLOSE: Final = 0.85
 
 
-_OTHER_CLASS: Final = "save the base with the class that the adapter was trained on, so that names are equal"
+_ELSEWHERE: Final = "shapes, layers or the tower's name do not fit there: is this the base it was trained on?"
 
 
 def near_misses(target: str, base_names: Collection[str]) -> list[str]:
@@ -36,10 +36,8 @@ def suggest(target: str, base_names: Collection[str]) -> str:
     if not misses:
         return "is this the base the adapter was trained on?"
     nearest = misses[0]
-    if nearest.endswith(f".{target}"):
-        return f"did you mean {nearest!r}: the base with {nearest.removesuffix(target)!r} in front? {_OTHER_CLASS}"
-    if target.endswith(f".{nearest}"):
-        return f"did you mean {nearest!r}: the base without {target.removesuffix(nearest)!r}? {_OTHER_CLASS}"
+    if nearest.endswith(f".{target}") or target.endswith(f".{nearest}"):
+        return f"did you mean {nearest!r}? {_ELSEWHERE}"
     return f"did you mean {' or '.join(repr(name) for name in misses)}?"
 
 
