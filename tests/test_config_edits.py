@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawmerge.errors import PlanError
-from rawmerge.formats.config_edits import head_facts, with_architectures, with_labels, with_vocab_size
+from rawmerge.formats.config_edits import head_facts, with_labels, with_vocab_size
 from rawmerge.formats.model_config import ModelConfig, parse_model_config
 from tests.strategies import SETTINGS
 
@@ -155,28 +154,9 @@ def test_one_label_for_a_choice_of_one_is_no_config_that_loads() -> None:
     assert with_labels(config, config.text, 2) == config.text
 
 
-def test_the_class_is_replaced_and_nothing_else() -> None:
-    text = '{"eps" :1.0E-05, "architectures": [\n  "BertModel"\n ]}'
-    config = parse_model_config(text.encode(), "config.json")
-    found = with_architectures(config, text, "BertForSequenceClassification")
-    assert found == '{"eps" :1.0E-05, "architectures": ["BertForSequenceClassification"]}'
-
-
-@pytest.mark.parametrize("fields", [{}, {"architectures": None}, {"architectures": []}], ids=str)
-def test_a_missing_class_is_stated(fields: Any) -> None:
-    config = parse(**fields)
-    assert json.loads(with_architectures(config, config.text, "A")) == {"architectures": ["A"]}
-
-
-def test_several_classes_are_not_replaced_by_one() -> None:
-    config = parse(architectures=["A", "B"])
-    with pytest.raises(PlanError, match="'architectures': expected one class name, found A, B"):
-        with_architectures(config, config.text, "C")
-
-
 def test_edits_follow_one_another() -> None:
     config = parse(model_type="bert", vocab_size=100, architectures=["BertModel"])
     text = with_vocab_size(config, config.text, 100, 110).text
-    text = with_labels(config, with_architectures(config, text, "B"), 1) or ""
+    text = with_labels(config, text, 1) or ""
     edited = json.loads(text)
-    assert (edited["vocab_size"], edited["architectures"], edited["id2label"]) == (110, ["B"], {"0": "LABEL_0"})
+    assert (edited["vocab_size"], edited["architectures"], edited["id2label"]) == (110, ["BertModel"], {"0": "LABEL_0"})

@@ -128,3 +128,5 @@ def test_modules_that_targets_name_and_the_file_lacks_are_told(tmp_path: Path) -
     adapter = pairs_of(tmp_path, {"model.layers.0.q_proj": (12, 8)}, target_modules=["q_proj"])
     (note,) = rawmerge.plan_merge(base, adapter).notes
     assert "'model.layers.*.q_proj' (x 2)" in note
+    fields = {"target_modules": ["q_proj"], "exclude_modules": ["1.q_proj", "2.q_proj"]}
+    assert rawmerge.plan_merge(base, pairs_of(tmp_path, {"model.layers.0.q_proj": (12, 8)}, **fields)).notes == ()

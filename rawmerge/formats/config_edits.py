@@ -13,14 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rawmerge.errors import PlanError, Problem
 from rawmerge.formats.config_text import insert_value, replace_values
 from rawmerge.formats.model_config import TEXT_KEYS, ModelConfig
 
 VOCAB_KEY: Final = "vocab_size"
 #: Other names of the same number: Flaubert's and XLM's, XLNet's, ChatGLM's.
 _VOCAB_KEYS: Final = (VOCAB_KEY, "n_words", "n_token", "padded_vocab_size")
-ARCHITECTURES_KEY: Final = "architectures"
 #: What transformers takes for the number of labels where a config does not say; it then writes none either.
 DEFAULT_LABELS: Final = 2
 _LABEL_KEYS: Final = ("id2label", "label2id", "num_labels", "_num_labels")
@@ -110,19 +108,6 @@ def with_labels(config: ModelConfig, text: str, count: int) -> str | None:
     labels = {str(index): f"LABEL_{index}" for index in range(count)}
     edited = insert_value(text, "id2label", labels)
     return insert_value(edited, "label2id", {label: int(index) for index, label in labels.items()})
-
-
-def with_architectures(config: ModelConfig, text: str, name: str) -> str:
-    """Return `text` with the class `name` as its only architecture.
-
-    Raises:
-        PlanError: the config names several, so that there is no one to replace.
-    """
-    if len(config.architectures) > 1:
-        raise PlanError(Problem(ARCHITECTURES_KEY, "one class name", ", ".join(config.architectures)))
-    if ARCHITECTURES_KEY in config.fields:
-        return replace_values(text, {(ARCHITECTURES_KEY,): [name]})
-    return insert_value(text, ARCHITECTURES_KEY, [name])
 
 
 def _stated_sizes(config: ModelConfig) -> Iterator[tuple[_Path, int]]:

@@ -57,9 +57,10 @@ def _untouched(names: DiskNames, config: AdapterConfig, changed: Collection[str]
     targets = config.target_modules
     if isinstance(targets, str):
         return
+    excluded = () if isinstance(config.exclude_modules, str) else config.exclude_modules
     for name, source in names.tensors.items():
         if name in changed or len(source.shape) < 2 or not name.endswith(".weight"):
             continue
         paths = {path.removesuffix(".weight") for path in (name, names.family.canonical(name))}
-        if any(matches_target(targets, path) for path in paths):
+        if any(matches_target(targets, path) and not matches_target(excluded, path) for path in paths):
             yield name.removesuffix(".weight")

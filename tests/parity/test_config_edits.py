@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rawmerge.formats.config_edits import with_architectures, with_labels, with_vocab_size
+from rawmerge.formats.config_edits import with_labels, with_vocab_size
 from rawmerge.formats.layer_edits import ALIKE_FAMILIES, LISTED_FAMILIES, layer_config_paths, with_layer_count
 from rawmerge.formats.model_config import ModelConfig, parse_model_config, with_untied_embeddings
 from tests.parity.tiny_models import bert, gpt2, llama
@@ -176,12 +176,11 @@ def test_labels_are_those_that_transformers_writes(count: int, tmp_path: Path) -
     assert (loaded.num_labels, len(loaded.label2id)) == (count, count)
 
 
-def test_a_classifier_loads_with_the_edited_class_and_labels(tmp_path: Path) -> None:
+def test_a_classifier_loads_with_the_edited_labels(tmp_path: Path) -> None:
     _, config = save(bert(), tmp_path, "AutoModelForMaskedLM")
     labelled = with_labels(config, config.text, 5)
     assert labelled is not None
-    loaded = load_config(with_architectures(config, labelled, "BertForSequenceClassification"), tmp_path)
-    model = getattr(transformers, loaded.architectures[0])(loaded)
+    model = transformers.BertForSequenceClassification(load_config(labelled, tmp_path))
     assert model.classifier.weight.shape == (5, 48)
 
 
