@@ -10,8 +10,8 @@ from rawmerge.formats.adapter_config import matches_target
 from rawmerge.formats.config_edits import head_facts, with_labels, with_vocab_size
 from rawmerge.formats.layer_edits import layer_config_paths, with_layer_count
 from rawmerge.formats.model_config import with_dtype, with_untied_embeddings
+from rawmerge.matching.embedding_names import is_embedding
 from rawmerge.matching.matcher import Matches
-from rawmerge.matching.tied_embeddings import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
 #: Modules whose rows are labels, at the end of a path.
 _HEADS = ("score", "classifier", "qa_outputs", "classifier.out_proj", "classification_head.out_proj")
@@ -88,7 +88,7 @@ class OutputConfig:
         """Yield (old rows, new rows) of each embedding that grows."""
         for name, source in self._matches.replacements.items():
             old = self._base.tensors[name].shape
-            if source.shape != old and _module(name) in {*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS}:
+            if source.shape != old and is_embedding(name):
                 yield old[0], source.shape[0]
 
     def _set_labels(self) -> None:
@@ -119,8 +119,3 @@ class OutputConfig:
 
 def _is_labelled(tensor_name: str) -> bool:
     return matches_target(_HEADS, tensor_name.removesuffix(".weight"))
-
-
-def _module(tensor_name: str) -> str:
-    """Return the last part of the path of the tensor's module."""
-    return tensor_name.rpartition(".")[0].rpartition(".")[2]

@@ -136,6 +136,13 @@ REFUSED: dict[str, tuple[Tensors, Any, Tensors, dict[str, Any], str]] = {
         {"modules_to_save": ["norm"]},
         r"expected the base's shape \[8\], found \[16\]",
     ),
+    "two buffers to add in one place": (
+        NORM,
+        LLAMA,
+        with_prefix({"model.norm.mean": torch.ones(8), "norm.mean": torch.zeros(8)}),
+        {"modules_to_save": ["norm"]},
+        "expected one tensor to add as 'model.norm.mean', found another one",
+    ),
     "a saved tensor of a layer that the base lacks": (
         NORM,
         LLAMA,

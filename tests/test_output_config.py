@@ -127,3 +127,12 @@ def test_a_dtype_and_a_number_of_layers_are_both_edited(tmp_path: Path) -> None:
     config, notes = edited(tmp_path, {}, None, stated, options={"dtype": "bfloat16"}, **REPLICATED)
     assert config == stated | {"num_hidden_layers": 2, "dtype": "bfloat16"}
     assert notes == ("1 of the base's layers become 2, each written with its own delta",)
+
+
+def test_a_vocabulary_of_another_name_grows_in_the_config_too(tmp_path: Path) -> None:
+    tensors = {"backbone.embeddings.weight": torch.ones(20, 8), "lm_head.weight": torch.ones(20, 8)}
+    config = {"model_type": "mamba", "tie_word_embeddings": False, "vocab_size": 20}
+    stored = {f"{PREFIX}{name}": torch.zeros(24, 8) for name in tensors}
+    adapter = write_adapter(tmp_path / "adapter", stored, modules_to_save=["embeddings", "lm_head"])
+    rawmerge.merge_adapter(write_base(tmp_path / "base", [tensors], config), adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"vocab_size": 24}

@@ -15,18 +15,16 @@ from rawmerge.dtypes import DTYPES
 from rawmerge.errors import PlanError, Problem, UnsupportedAdapterError, quote
 from rawmerge.formats.adapter_config import is_saved_module
 from rawmerge.formats.adapter_names import AdapterTensorName
+from rawmerge.matching.embedding_names import EMBEDDINGS
 from rawmerge.matching.ledger import Addition, Ledger
 from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
-from rawmerge.matching.tied_embeddings import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tie
+from rawmerge.matching.tied_embeddings import Tie
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.matching.vocabulary import is_of_vocabulary
 from rawmerge.merge_options import OVERLAY
 from rawmerge.tensor_source import TensorSource
 
-_EMBEDDINGS: Final = frozenset(
-    {*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "embeddings", "input_embedding", "token_embedding", "proj_out"}
-)
 #: Dtypes from fine to coarse; values are compared in the coarser one of two.
 _PRECISION: Final = ("F64", "F32", "F16", "BF16")
 #: How many rows are compared, and the share that must agree: a resized or trained few do not make another base.
@@ -112,7 +110,7 @@ class StoredMatcher:
         """Whether PEFT stored the tensor because it is of an input or output embedding, trained or resized."""
         # only embeddings are stored beside their pairs, whatever their names
         is_beside = name.role == "stored_base" and name.module_path in self.paired
-        return is_beside or name.module_path.rpartition(".")[2] in _EMBEDDINGS
+        return is_beside or name.module_path.rpartition(".")[2] in EMBEDDINGS
 
     def _record(self, name: AdapterTensorName, resolution: Resolution) -> None:
         place = resolution.place
@@ -139,6 +137,12 @@ class StoredMatcher:
         beside = self.ledger.base.tensors[tied_to] if tied_to else source
         if problem := self._shape_problem(name, source, beside) or _dtype_problem(name, source, beside):
             self.ledger.problems.add(PlanError, [problem])
+            return
+        if other := self.ledger.additions.get(target):
+            same = same_values(source, other.source, source.dtype)
+            problem = Problem(name.text, f"one tensor to add as {quote(target)}", "another one, of other values")
+            self.ledger.problems.add(PlanError, [] if same else [problem])
+            self._ignore(name, f"equal to what is added as {quote(target)}")
             return
         if tied_to and source.shape[0] < beside.shape[0]:
             self.ledger.overlays[target], source = source, beside
@@ -218,7 +222,7 @@ class StoredMatcher:
         """Return why a frozen embedding, stored beside what was trained, shows that the base is another one."""
         saved = self.ledger.adapter.config.modules_to_save
         # a tied side is stored with the other, which was trained
-        is_frozen = not any(module.rpartition(".")[2] in _EMBEDDINGS for module in saved)
+        is_frozen = not any(module.rpartition(".")[2] in EMBEDDINGS for module in saved)
         is_frozen = is_frozen and not is_saved_module(self.ledger.adapter.config, name.module_path)
         if not is_frozen or len(source.shape) != 2 or not DTYPES[base.dtype].is_mergeable:
             return None
@@ -245,7 +249,7 @@ class _LikeShape:
 
     def __init__(self, ledger: Ledger, name: AdapterTensorName) -> None:
         self._shape = ledger.source(name).shape
-        self._is_rigid = name.module_path.rpartition(".")[2] not in _EMBEDDINGS
+        self._is_rigid = name.module_path.rpartition(".")[2] not in EMBEDDINGS
 
     def __call__(self, place: Place) -> bool:
         if self._is_rigid or not self._shape:

@@ -20,25 +20,15 @@ from rawmerge.comparison import same_transposed, same_values
 from rawmerge.errors import PlanError, Problem, UnsupportedAdapterError, quote
 from rawmerge.formats.model_config import ModelConfig
 from rawmerge.matching.disk_names import DiskNames
+from rawmerge.matching.embedding_names import INPUT_EMBEDDINGS, module_of
 from rawmerge.matching.ledger import Addition, Ledger
 from rawmerge.matching.places import Place, whole
 from rawmerge.merge_plan import Update
 from rawmerge.tensor_source import TensorSource
 
 OUTPUT_EMBEDDING: Final = "lm_head.weight"
-#: Last parts of the names of input embeddings that an output projection may be tied to.
-INPUT_EMBEDDINGS: Final = (
-    "embed_tokens",
-    "wte",
-    "word_embeddings",
-    "tok_embeddings",
-    "tokens_embed",
-    "embed_in",
-    "shared",
-)
 #: Names of input embeddings in families whose ties are not followed.
 _UNUSUAL_INPUTS: Final = frozenset({"embeddings", "embedding", "word_embedding", "input_embedding", "emb", "w"})
-OUTPUT_EMBEDDINGS: Final = ("lm_head", "embed_out", "output_projection")
 #: Embeddings of something else than tokens have no output projection.
 _NO_TOKENS: Final = re.compile(r"position|wpe|pos_emb|token_type|segment|type_emb")
 #: Classes with an output projection end so; others, such as encoders and classifiers, have nothing to tie.
@@ -86,7 +76,7 @@ class Tie:
 
 def find_tie(config: ModelConfig, names: DiskNames) -> Tie | None:
     """Return the base's tie, None where nothing is tied."""
-    inputs = [name for name in names.tensors if _module(name) in INPUT_EMBEDDINGS]
+    inputs = [name for name in names.tensors if module_of(name) in INPUT_EMBEDDINGS]
     if not config.ties_embeddings or not inputs or not _has_output(config, inputs):
         return None
     ranked = sorted(inputs, key=lambda name: (name.count("."), len(name)))
@@ -96,14 +86,8 @@ def find_tie(config: ModelConfig, names: DiskNames) -> Tie | None:
     return Tie(name, output, _has_plain_head(config, name), output in names.tensors, model)
 
 
-def _module(tensor_name: str) -> str:
-    """Return the name of the module that a weight belongs to, an empty string for other parameters."""
-    path, _, parameter = tensor_name.rpartition(".")
-    return path.rpartition(".")[2] if parameter == "weight" else ""
-
-
 def _has_output(config: ModelConfig, inputs: Iterable[str]) -> bool:
-    is_shared = any(_module(name) == "shared" for name in inputs)  # between encoder and decoder
+    is_shared = any(module_of(name) == "shared" for name in inputs)  # between encoder and decoder
     return is_shared or not config.architectures or any(name.endswith(_WITH_OUTPUT) for name in config.architectures)
 
 
@@ -111,8 +95,8 @@ def _has_plain_head(config: ModelConfig, name: str) -> bool:
     """Whether the tied output projection is the model's `lm_head` for certain."""
     is_causal = any(architecture.endswith(_CAUSAL) for architecture in config.architectures)
     if config.model_type in _WORD_EMBEDDINGS_FAMILIES:
-        return is_causal and _module(name) == "word_embeddings"
-    is_plain = _module(name) in {"embed_tokens", "wte", "tokens_embed"} and config.model_type not in _OTHER_OUTPUT
+        return is_causal and module_of(name) == "word_embeddings"
+    is_plain = module_of(name) in {"embed_tokens", "wte", "tokens_embed"} and config.model_type not in _OTHER_OUTPUT
     is_nested = bool(_NESTED_INPUT.fullmatch(name)) and any(
         architecture.endswith("ForConditionalGeneration") for architecture in config.architectures
     )
@@ -136,7 +120,7 @@ def check_unknown_tie(config: ModelConfig, tie: Tie | None, ledger: Ledger) -> N
     if tie and tie.is_certain:
         return
     tables = (*ledger.replacements, *ledger.overlays)
-    stored = {name for name in tables if _module(name) in {*_UNUSUAL_INPUTS, *INPUT_EMBEDDINGS}}
+    stored = {name for name in tables if module_of(name) in {*_UNUSUAL_INPUTS, *INPUT_EMBEDDINGS}}
     heads = {name for name in ledger.additions if name.endswith(OUTPUT_EMBEDDING)}
     known = {tie.input, tie.output} if tie else set()  # these are settled
     changed = sorted(name for name in (ledger.embeddings | stored | heads) - known if not _NO_TOKENS.search(name))
@@ -186,7 +170,7 @@ class TieSettlement:
     def _has_copies(self) -> bool:
         """Whether the disk holds the embedding under further names, which would have to change with it."""
         tensors, name = self._ledger.base.tensors, self._tie.input
-        others = (other for other in tensors if other != name and _module(other) in INPUT_EMBEDDINGS)
+        others = (other for other in tensors if other != name and module_of(other) in INPUT_EMBEDDINGS)
         return any(tensors[other].shape == tensors[name].shape for other in others)
 
     def _is_stored(self, name: str) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from rawmerge.errors import PlanError, Problem, quote
+from rawmerge.matching.embedding_names import OUTPUT_EMBEDDINGS, is_embedding
 from rawmerge.matching.ledger import Ledger
-from rawmerge.matching.tied_embeddings import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
 #: Vectors of one number for each token, beside the matrices of embeddings and output projections.
 _TOKEN_BIAS: Final = re.compile(
@@ -25,7 +25,7 @@ def check_vocabulary(ledger: Ledger) -> None:
     sizes: dict[int, str] = {}
     for name, source in ledger.replacements.items():
         old = ledger.base.tensors[name].shape
-        if _is_embedding(name) and source.shape[0] > old[0]:
+        if is_embedding(name) and source.shape[0] > old[0]:
             sizes.setdefault(source.shape[0], name)
             ledger.problems.add(PlanError, _left_behind(ledger, name, old[0], source.shape[0]))
     if len(sizes) > 1:
@@ -49,20 +49,15 @@ def _unlike_biases(ledger: Ledger) -> Iterator[Problem]:
 
 def is_of_vocabulary(name: str) -> bool:
     """Whether a base tensor has a row, or a number, for each token."""
-    return _is_embedding(name) or bool(_TOKEN_BIAS.fullmatch(name))
+    return is_embedding(name) or bool(_TOKEN_BIAS.fullmatch(name))
 
 
 def _left_behind(ledger: Ledger, grown: str, old: int, new: int) -> Iterator[Problem]:
     for name, source in ledger.base.tensors.items():
         is_bias = bool(_TOKEN_BIAS.fullmatch(name)) and source.shape[-1:] == (old,)
-        is_matrix = _is_embedding(name) and source.shape[:1] == (old,)
+        is_matrix = is_embedding(name) and source.shape[:1] == (old,)
         is_replaced = name in ledger.replacements and ledger.replacements[name].shape != source.shape
         if (is_bias or is_matrix) and not is_replaced:
             expected = f"one for each of the {new} tokens that {quote(grown)} has rows for"
             hint = "the adapter stores only a part of the grown vocabulary; save all of it (save_embedding_layers)"
             yield Problem(name, expected, f"{old}, as in the base", hint)
-
-
-def _is_embedding(name: str) -> bool:
-    module, _, parameter = name.rpartition(".")
-    return parameter == "weight" and module.rpartition(".")[2] in {*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS}
