@@ -63,6 +63,8 @@ def rename_rule(transform: loading.WeightRenaming) -> Rule:
     if type(transform) is loading.PrefixChange:
         prefix = transform.prefix_to_add or transform.prefix_to_remove
         return ["add" if transform.prefix_to_add else "remove", prefix, transform.model_prefix]
+    if type(transform) is loading.LayerPairCollapse:  # its source pattern is wider than what it renames
+        return ["unsupported", type(transform).__name__, [transform.pattern.pattern], transform.target_patterns]
     if type(transform) is not loading.WeightRenaming:
         return ["unsupported", type(transform).__name__, compiled_sources(transform), transform.target_patterns]
     branches = sorted(compiled_sources(transform), key=len, reverse=True)

@@ -1,6 +1,6 @@
 """What rawmerge reads from a base's `config.json`, and the edits that keep it true after a merge.
 
-Source: transformers 5.23 `configuration_utils.py` (`dtype`, once `torch_dtype`; nested configs carry their own).
+Source: transformers 5.24 `configuration_utils.py` (`dtype`, once `torch_dtype`; nested configs carry their own).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIE_KEY: Final = "tie_word_embeddings"
 #: Lfm2's checkpoints call it `tie_embedding`, and that name wins.
 _TIE_KEYS: Final = (TIE_KEY, "tie_embedding")
 #: Keys of nested configs that describe the text model, or a part of it; other nested configs see or hear.
-#: Source: transformers 5.23 `PreTrainedConfig.get_text_config`, and names that custom code uses.
+#: Source: transformers 5.24 `PreTrainedConfig.get_text_config`, and names that custom code uses.
 TEXT_KEYS: Final = frozenset(
     """
     decoder decoder_config encoder generator language_config language_model llm_config text_config text_encoder
@@ -32,7 +32,7 @@ CONV1D_MODULES: Final = {
     model_type: frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
     for model_type in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 }
-#: Families whose config class in transformers 5.23 has tie_word_embeddings true where the file does not say.
+#: Families whose config class in transformers 5.24 has tie_word_embeddings true where the file does not say.
 TIED_BY_DEFAULT: Final = frozenset(
     """
     albert aya_vision bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip
@@ -45,7 +45,7 @@ TIED_BY_DEFAULT: Final = frozenset(
     gpt_neox_japanese granite_docling granite_docling_text granite_speech granite_speech5_ctc
     granite_speech_plus granite_swa grounding-dino gte hunyuan_vl hunyuan_vl_text hyperclovax_vision_v2 ibert
     internvl janus jetmoe jina_embeddings_v3 kimi_k25 kosmos-2 kosmos-2.5 kosmos_2_5_text_model
-    kosmos_2_text_model layoutlm led lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr longformer longt5 luke
+    kosmos_2_text_model lara_mini layoutlm led lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr longformer longt5 luke
     lxmert m2m_100 mamba marian mbart megatron-bert mimi mimi_decoder mimi_encoder minicpm3 minicpm_ocr mistral3
     mm-grounding-dino mobilebert modernbert modernbert-decoder moonshine moss_transcribe_diarize mpnet mpt mra
     mt5 mvp neomme nllb-moe nomic_bert nystromformer openai-gpt opt ovis2 paddleocr_vl paddleocr_vl_text
@@ -87,7 +87,7 @@ class ModelConfig:
     def ties_embeddings(self) -> bool:
         """Whether loaders use the input embedding as output projection when the file has no lm_head.
 
-        Source: transformers 5.23, whose vision-language configs take the tie over from their text config.
+        Source: transformers 5.24, whose vision-language configs take the tie over from their text config.
         """
         stated = [is_tied for _, is_tied in _stated_ties(self.fields, ())]
         return any(stated) if stated else any(_ties_unsaid(fields) for _, fields in self.text_sides())
@@ -136,7 +136,7 @@ def with_untied_embeddings(config: ModelConfig, text: str) -> str:
     `tie_word_embeddings` becomes false wherever it stands, is inserted at the top, for that is what most classes read,
     and in each nested text config whose family ties where the file does not say, for some take the tie from there.
 
-    Source: transformers 5.23 `modeling_utils.py` (`get_expanded_tied_weights_keys`, which asks each sub-model's own
+    Source: transformers 5.24 `modeling_utils.py` (`get_expanded_tied_weights_keys`, which asks each sub-model's own
     config) and `models/llava/configuration_llava.py` (which takes the text config's tie over).
     """
     edited = replace_values(text, dict.fromkeys((path for path, _ in _stated_ties(config.fields, ())), False))

@@ -20,6 +20,9 @@ _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 #: Key and value heads are narrower than query heads, where the family allows it.
 _DECODER = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, **_TOKENS}
 _GROUPED = {**_DECODER, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_GATED_DELTA: dict[str, Any] = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+_GATED_DELTA |= {"linear_value_head_dim": 12, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24}
+_GATED_DELTA |= {"shared_expert_intermediate_size": 40, "layer_types": ["linear_attention", "full_attention"]}
 _HEADS = {"num_attention_heads": 4, "num_hidden_layers": 1}
 _TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
 _TOWER_SIZES = {**_TOWER, "image_size": 16, "patch_size": 8}
@@ -75,6 +78,9 @@ def _decoders() -> dict[str, Family]:
         "stablelm": _of(CAUSAL, "StableLmConfig", _GROUPED, use_qkv_bias=True),
         "cohere": _of(CAUSAL, "CohereConfig", _GROUPED),
         "olmo2": _of(CAUSAL, "Olmo2Config", _GROUPED),
+        "exaone": _of(CAUSAL, "ExaoneConfig", _GROUPED),
+        "sarvam-moe": _of(CAUSAL, "SarvamMoEConfig", _GROUPED, num_hidden_layers=1, head_dim=12),
+        "lara-mini": _of(CAUSAL, "LaraMiniConfig", _GROUPED, _GATED_DELTA, head_dim=12),
         # PEFT refuses out_proj, which Mamba's kernels read past the adapter
         "mamba": _of(CAUSAL, "MambaConfig", _TOKENS, vocab_size=96, hidden_size=32, num_hidden_layers=1)._replace(
             unfit=("out_proj",)

@@ -37,6 +37,14 @@ AUDIO |= {"max_source_positions": 32}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 DELTA = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+INDEXED: dict[str, Any] = {
+    "qk_rope_head_dim": 8,
+    "index_topk": 4,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "hc_mult": 2,
+}
+INDEXED |= {"mlp_layer_types": ["dense", "sparse"]}
 STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 2, 2]}
 
 
@@ -130,6 +138,18 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "SiglipConfig",
         {"text_config": text("siglip_text_model"), "vision_config": image("siglip_vision_model")},
     ),
+    "hy_v4_vl": (
+        "HYV4VLForConditionalGeneration",
+        "HYV4VLConfig",
+        {"text_config": {**MOE, **LATENT, **INDEXED, "num_hidden_layers": 2, "num_key_value_heads": 4, **MROPE}}
+        | {"vision_config": {**IMAGE, "out_hidden_size": 32, "max_image_size": 64}},
+    ),
+    "exaone": ("LlamaForCausalLM", "ExaoneConfig", TEXT),
+    "dory": (
+        "DoryForCausalLM",
+        "DoryConfig",
+        {**TEXT, "num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT),
     "bert": ("BertForMaskedLM", "BertConfig", TEXT),
     "nomic_bert": ("NomicBertForMaskedLM", "NomicBertConfig", TEXT),
@@ -194,6 +214,8 @@ NOT_SETTLED = {
     "t5gemma2_encoder": "the same",
     "inkling2": "appends `.weight`, also to a name that has it",
     "inkling2_text": "the same",
+    "inkling2_loop": "the same",
+    "inkling2_loop_text": "the same",
     "pi0": "drops the `model.` that its own last rules put in front",
 }
 
@@ -304,6 +326,15 @@ def test_older_names_become_the_same(
     assert {one.family.canonical(old): key for key, old in older.items()} == {key: key for key in older}
     assert {one.loaded_as(old): key for key, old in older.items()} == {key: key for key in older}
     assert any(old != key for key, old in older.items())
+
+
+def test_what_makes_one_layer_of_two_is_refused_where_it_does_so() -> None:
+    parts = ["mixer.q_proj.weight", "mixer.up_proj.weight", "attn_alpha", "mlp_alpha"]
+    parts += ["self_attn.q_proj.weight", "mlp.up_proj.weight", "lambda_1", "lambda_2", "mixer_norm.weight"]
+    names = {f"backbone.layers.{number}.{part}" for number in (0, 1, 13) for part in parts} | {"lm_head.weight"}
+    moved = {name for name in names if loading.LayerPairCollapse().rename_source_key(name)[0] != name}
+    assert len(moved) == 3 * 4
+    assert {name for name in names if family_of(["DoryForCausalLM", "dory"]).unsupported(name)} == moved
 
 
 def example(pattern: str) -> str:
