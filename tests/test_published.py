@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,22 @@ def test_a_loop_of_links_is_refused(tiny: Paths, tmp_path: Path, below: str) -> 
         rawmerge.merge_adapter(*tiny, tmp_path / "loop" / below)
 
 
+@pytest.fixture
+def handled_interrupt() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, which it does not where a shell started pytest in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("handled_interrupt")
 def test_a_signal_while_publishing_waits_and_is_told_truthfully(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # this thread gets it now; of a kill, any thread may, and later
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
