@@ -7,15 +7,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any, Final
 
-from rawmerge.adapter import WEIGHTS_NAME, read_adapter
+from rawmerge.adapter import WEIGHTS_NAME, Adapter, read_adapter
 from rawmerge.base_checkpoint import read_base
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import Problem, RefusedError
 from rawmerge.formats.adapter_config import CONFIG_NAME
-from rawmerge.formats.adapter_names import PAIR_ROLES, parse_adapter_names
-from rawmerge.matching.matcher import foreign_problem
+from rawmerge.formats.adapter_names import parse_adapter_names
+from rawmerge.matching.matcher import foreign_problem, grammar_of
+from rawmerge.methods import ADAPTER_KINDS
 from rawmerge.tensor_source import TensorSource
+
+#: Roles of tensors that are not the kind's own.
+_NOT_OWN: Final = frozenset({"stored", "stored_base", "saved_copy", "original_copy", "token_rows", "foreign"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +57,40 @@ def _inspect_adapter(root: Path) -> Inspection:
         adapter = read_adapter(root)
     except RefusedError as error:
         return Inspection("adapter", str(root), {}, error.problems)
-    names = parse_adapter_names(adapter.tensors)
-    pairs = {name.module_path for name in names if name.role in PAIR_ROLES}
-    scalings = sorted(adapter.config.scaling_of(path) for path in pairs)
+    kind = ADAPTER_KINDS[adapter.config.kind]
+    names = parse_adapter_names(adapter.tensors, grammar_of(kind))
+    own = {name.module_path for name in names if name.role not in _NOT_OWN and name.module_path}
     facts: dict[str, str | int | float | list[str]] = {
-        "type": "LORA with rsLoRA scaling" if adapter.config.use_rslora else "LORA",
-        "ranks": _counted(adapter.config.rank_of(path) for path in pairs),
-        "scaling": " to ".join(f"{scaling:g}" for scaling in sorted({*scalings[:1], *scalings[-1:]})),
-        "modules": len(pairs),
-        "module names": sorted({path.rpartition(".")[2] for path in pairs}),
+        "type": " with ".join([adapter.config.kind, *kind.variants(_settings(adapter))]),
+        "merges as": f"{kind.title}: {kind.formula}",
+        "on": kind.modules,
+        "bits": kind.bits,
+        **_rank_facts(adapter, own),
+        "modules": len(own),
+        "module names": sorted({path.rpartition(".")[2] for path in own}),
+        "shared tensors": [name.text for name in names if not name.module_path and name.role not in _NOT_OWN],
         "bare parameters": list(adapter.config.target_parameters),
         "stored tensors": [name.target for name in names if name.role in {"stored", "stored_base", "saved_copy"}],
         "trained rows of": [name.target for name in names if name.role == "token_rows"],
         "trained on": adapter.config.base_model_name,
         **_tensor_facts(adapter.tensors),
     }
-    foreign = tuple(foreign_problem(name.text) for name in names if name.role == "foreign")
+    foreign = tuple(foreign_problem(name.text, kind) for name in names if name.role == "foreign")
     return Inspection("adapter", str(root), facts, foreign)
+
+
+def _settings(adapter: Adapter) -> Mapping[str, Any]:
+    return {**adapter.config.values, "use_rslora": adapter.config.use_rslora}
+
+
+def _rank_facts(adapter: Adapter, paths: Iterable[str]) -> dict[str, str]:
+    """Return ranks and scalings of the modules, where the kind has them."""
+    ranks = {path: adapter.config.rank_of(path) for path in paths}
+    scalings = {adapter.config.scaling_of(path) for path in paths} - {0.0}
+    facts = {"ranks": _counted(ranks.values())} if any(ranks.values()) else {}
+    if scalings:
+        facts["scaling"] = " to ".join(f"{scaling:g}" for scaling in sorted({min(scalings), max(scalings)}))
+    return facts
 
 
 def _inspect_base(root: Path) -> Inspection:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from rawmerge.formats.shard_header import LENGTH_PREFIX, TensorEntry
 from rawmerge.merge_options import MergeOptions
+from rawmerge.methods.interface import ROWS
 from rawmerge.methods.interface import Setting as Setting  # others take it from here
 from rawmerge.side_files import LeftOut, SideFile
 from rawmerge.tensor_source import TensorSource
@@ -51,12 +52,17 @@ class Update:
         tensors: role to the adapter tensor that plays it.
         settings: the method's own numbers and switches.
         window: the part that it changes, None for the whole tensor.
+        reach: how much of the base it must see to compute some rows: `rows`, `columns` or `whole`, as in
+            `rawmerge.methods.interface`.
+        working_bytes: most memory it takes besides tiles and the adapter's tensors as stored, in bytes.
     """
 
     kind: str
     tensors: Mapping[str, TensorSource]
     settings: Mapping[str, Setting]
     window: Window | None = None
+    reach: str = ROWS
+    working_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

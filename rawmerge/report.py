@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+from rawmerge.engine import default_threads
 from rawmerge.errors import Problem, RawmergeError, RefusedError
 from rawmerge.inspection import Inspection
+from rawmerge.memory import describe_reach, forecast_memory
 from rawmerge.merge_plan import AdapterUse, KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
+from rawmerge.methods.interface import WHOLE
 from rawmerge.run import MergeSummary, count_steps
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -45,6 +48,7 @@ def plan_text(plan: MergePlan) -> str:
         f"compute   {plan.options.compute_dtype}, output dtype {plan.options.output_dtype or 'as stored'}",
         f"tensors   {done}",
         *(f"  {line}" for line in _changed_lines(plan.steps())),
+        f"memory    {_memory_text(plan)}",
         f"output    {format_bytes(plan.byte_count)} in {len(plan.shards)} shard{'s'[: len(plan.shards) != 1]}",
         f"written   {_names(file.name for file in plan.written_files)}",
         f"copied    {_names(file.name for file in plan.side_files)}",
@@ -172,11 +176,27 @@ def _describe_update(update: Update) -> str:
             return f"{update.tensors['rows'].shape[0]} token rows replaced"
         case "lora_bias":
             return f"bias added, scaling {update.settings['scaling']:g}"
-    rank = update.settings.get("rank") or min(
-        source.shape[0] for role, source in update.tensors.items() if role.endswith("_a")
-    )
-    layout = ", transposed" if update.settings.get("is_transposed") else ""
-    return f"{update.kind} rank {rank}, scaling {update.settings['scaling']:g}{layout}"
+    details = [*_rank_and_scaling(update), describe_reach(update)]
+    return " ".join([update.kind, ", ".join(filter(None, details))]).strip()
+
+
+def _rank_and_scaling(update: Update) -> Iterator[str]:
+    ranks = [source.shape[0] for role, source in update.tensors.items() if role.endswith("_a") and source.shape]
+    if rank := update.settings.get("rank") or min(ranks, default=0):
+        yield f"rank {rank}"
+    scaling = update.settings.get("scaling")
+    if isinstance(scaling, int | float):
+        yield f"scaling {scaling:g}"
+    if update.settings.get("is_transposed"):
+        yield "transposed"
+
+
+def _memory_text(plan: MergePlan) -> str:
+    """Return the predicted peak, and what takes a whole tensor."""
+    forecast = forecast_memory(plan, default_threads())
+    whole = [name for name, reach, _ in forecast.whole if reach == WHOLE]
+    needs = f"; {len(whole)} tensors whole in memory, {_names(whole[:1])} needs most" if whole else ""
+    return f"about {format_bytes(forecast.peak)} at the peak, of it {format_bytes(forecast.torch)} torch{needs}"
 
 
 def _printable(line: str) -> str:

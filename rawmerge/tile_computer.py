@@ -6,9 +6,10 @@ The only module that does arithmetic on the base; importing it imports torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -18,11 +19,11 @@ from rawmerge.dtypes import DTYPES
 from rawmerge.errors import NonFiniteTensorError
 from rawmerge.merge_plan import ReplaceTensor, UpdateTensor, Window, matrix_of
 from rawmerge.methods import METHODS
-from rawmerge.methods.interface import PreparedUpdate, Scratch, TileContext
+from rawmerge.methods.interface import WHOLE, PreparedUpdate, Scratch, TileContext
 from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into
 from rawmerge.shared_tensors import SharedTensors
 from rawmerge.tensor_source import OpenFiles, TensorSource
-from rawmerge.tiles import BLOCK_ELEMENTS, Stretch, tile_rows
+from rawmerge.tiles import BLOCK_ELEMENTS, tile_rows
 
 
 def torch_dtype(code: str) -> torch.dtype:
@@ -91,6 +92,7 @@ class TensorComputer:
         self._output_dtype = torch_dtype(step.entry.dtype)
         base_dtype = torch_dtype(step.base_dtype) if isinstance(step, UpdateTensor) else self._source_dtype
         is_double = compute_dtype == "float64" or torch.float64 in (base_dtype, self._output_dtype)
+        self._base_dtype = base_dtype
         # PEFT, too, computes in float64 where the base is: it gives adapter tensors the base's dtype
         self._tile_dtype = torch.float64 if is_double else torch.float32
         # PEFT rounds some things to the base's dtype on the way; where it has no say, that would only lose precision
@@ -115,27 +117,29 @@ class TensorComputer:
         before = self._read_tile(first_row, shape, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
         stretch = self._matrix.stretch_at(first_row)
+        updates = self._updates()  # before the thread count is held still, which preparing may have to do itself
         # the whole of a low product must be PEFT's own call
         is_whole = row_count == stretch.row_count and stretch.is_low
         for first, count in [(0, row_count)] if is_whole else tile_rows(*shape, BLOCK_ELEMENTS):
             block, rounded = before[first : first + count], result[first : first + count]
             # other threads' counts cost time, and more of it in spinning; so only where bits depend on it
             with self._blas.whole() if is_whole else nullcontext():
-                tile = self._update_block(block, first_row + first, stretch, scratch)
+                tile = self._update_block(
+                    block, first_row + first, [updates[place] for place in stretch.updates], scratch
+                )
             round_into(rounded, tile)
             self._check(rounded, tile, block)
         return _as_bytes(result)
 
     def _update_block(
-        self, before: torch.Tensor, first_row: int, stretch: Stretch, scratch: TileScratch
+        self, before: torch.Tensor, first_row: int, updates: Iterable[PreparedUpdate], scratch: TileScratch
     ) -> torch.Tensor:
         """Return the block (rows, columns) after its updates, in compute dtype."""
         rows, columns = before.shape
         tile = scratch.tensor("tile", (rows, columns), self._tile_dtype)
         tile.copy_(before)
-        updates = self._updates()
-        for place in stretch.updates:
-            updates[place].apply(tile, first_row, scratch)
+        for update in updates:
+            update.apply(tile, first_row, scratch)
         return tile
 
     def _read_tile(self, first_row: int, shape: tuple[int, int], scratch: TileScratch) -> torch.Tensor:
@@ -184,11 +188,47 @@ class TensorComputer:
             return self._prepared
 
     def _prepare(self) -> Iterator[PreparedUpdate]:
-        context = TileContext(self.step.source.shape, self._tile_dtype, self._rounding_dtype)
-        for update in self.step.updates if isinstance(self.step, UpdateTensor) else ():
+        earlier: list[tuple[int, PreparedUpdate]] = []
+        for place, update in enumerate(self.step.updates if isinstance(self.step, UpdateTensor) else ()):
             tensors = {role: self._shared.read(source, self._read_tensor) for role, source in update.tensors.items()}
-            prepared = METHODS[update.kind].prepare(update.settings, tensors, context)
-            yield WindowedUpdate(prepared, update.window) if update.window else prepared
+            context = TileContext(
+                shape=self._shape_of(update.window),
+                compute_dtype=self._tile_dtype,
+                rounding_dtype=self._rounding_dtype,
+                base_dtype=self._base_dtype,
+                tiles=partial(self._base_tiles, tuple(earlier), update.window),
+            )
+            # what sees the whole tensor makes PEFT's own calls, threads included; one at a time, for its memory
+            with self._blas.whole() if update.reach == WHOLE else nullcontext():
+                prepared = METHODS[update.kind].prepare(update.settings, tensors, context)
+            windowed = WindowedUpdate(prepared, update.window) if update.window else prepared
+            earlier.append((place, windowed))
+            yield windowed
+
+    def _shape_of(self, window: Window | None) -> tuple[int, ...]:
+        """Return the shape that an update meets."""
+        shape = self.step.source.shape
+        if window is None or not shape:
+            return shape
+        columns = len(range(self._matrix.columns)[window.columns(self._matrix.columns)])
+        return (window.row_count, *(shape[1:] if columns == prod(shape[1:]) else (columns,)))
+
+    def _base_tiles(
+        self, earlier: Sequence[tuple[int, PreparedUpdate]], window: Window | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first row, rows) of what an update meets, after the updates before it."""
+        scratch, columns = TileScratch(), self._matrix.columns
+        part = window or Window(0, self._matrix.rows)
+        for first, count in self._matrix.tiles(BLOCK_ELEMENTS):
+            start, stop = max(first, part.row), min(first + count, part.row + part.row_count)
+            if start >= stop:
+                continue
+            tile = scratch.tensor("tile", (count, columns), self._tile_dtype)
+            tile.copy_(self._read_tile(first, (count, columns), scratch))
+            for place, update in earlier:
+                if place in self._matrix.stretch_at(first).updates:
+                    update.apply(tile, first, scratch)
+            yield start - part.row, tile[start - first : stop - first, part.columns(columns)]
 
     def _read_tensor(self, source: TensorSource) -> torch.Tensor:
         tensor = torch.empty(source.shape, dtype=torch_dtype(source.dtype))

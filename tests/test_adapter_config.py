@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from hypothesis import strategies as st
 
 from rawmerge.errors import AdapterError, PlanError, UnsupportedAdapterError
 from rawmerge.formats.adapter_config import (
-    IGNORED_FIELDS,
-    LORA_B_LAYOUTS,
-    PLAIN_INITS,
-    REFUSED_FIELDS,
-    SUPPORTED_FIELDS,
     TASK_HEADS,
     AdapterConfig,
     is_saved_module,
     matches_target,
     parse_adapter_config,
+)
+from rawmerge.formats.adapter_fields import (
+    IGNORED_FIELDS,
+    LORA_B_LAYOUTS,
+    LORA_VARIANT_FIELDS,
+    PLAIN_INITS,
+    REFUSED_FIELDS,
+    SUPPORTED_FIELDS,
 )
 from rawmerge.formats.adapter_values import MAX_LAYERS, MAX_TOKEN_INDICES
 from tests.strategies import SETTINGS, json_scalars, module_paths, module_patterns, texts
@@ -53,12 +57,13 @@ def regex_is_valid(key: str) -> bool:
 
 def test_the_fields_that_decide_a_merge_are_read() -> None:
     config = parse(use_rslora=True, fan_in_fan_out=True, modules_to_save=["head"], base_model_name_or_path="org/name")
-    assert config == AdapterConfig(8, 16.0, {}, {}, True, True, ("head",), "org/name")
+    assert config == AdapterConfig(8, 16.0, {}, {}, True, True, ("head",), "org/name", values=config.values)
 
 
 def test_the_least_config_has_peft_s_defaults() -> None:
-    assert parse() == AdapterConfig(8, 16.0, {}, {}, False, False, (), "")
-    assert parse() == AdapterConfig(rank=8, alpha=16.0)
+    config = parse()
+    assert config == AdapterConfig(rank=8, alpha=16.0, values=config.values)
+    assert {name: value for name, value in config.values.items() if value} == {"init_lora_weights": True}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,7 @@ def test_scaling_is_peft_s_for_every_layer(tmp_path: Path, use_rslora: bool) -> 
 @pytest.mark.parity
 def test_a_default_config_of_peft_is_accepted(tmp_path: Path) -> None:
     found = parse_adapter_config(saved_by_peft(tmp_path), "config")
-    assert found == AdapterConfig(8, 8.0, peft_version=pytest.importorskip("peft").__version__)
+    assert found == AdapterConfig(8, 8.0, peft_version=pytest.importorskip("peft").__version__, values=parse().values)
 
 
 @pytest.mark.parity
@@ -176,7 +181,8 @@ def test_plain_lora_as_peft_saves_it_is_accepted(tmp_path: Path, fields: dict[st
 @pytest.mark.parity
 def test_every_field_of_peft_is_supported_ignored_or_refused() -> None:
     fields = {field.name for field in dataclasses.fields(pytest.importorskip("peft").LoraConfig)}
-    known = SUPPORTED_FIELDS | IGNORED_FIELDS | set(REFUSED_FIELDS) | {"init_lora_weights"}
+    variants = {*LORA_VARIANT_FIELDS.followed, *LORA_VARIANT_FIELDS.ignored}
+    known = SUPPORTED_FIELDS | IGNORED_FIELDS | set(REFUSED_FIELDS) | variants
     assert fields == known - {"lora_B_layout"}  # Unsloth's, not PEFT's
 
 
@@ -219,12 +225,10 @@ def test_peft_names_the_trained_model_s_class_where_there_is_no_task_type(tmp_pa
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_dora", True),
         ("use_qalora", True),
         ("alora_invocation_tokens", [7]),
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_16"),
-        ("init_lora_weights", "olora"),
+        ("arrow_config", {"top_k": 2}),
     ],
 )
 def test_what_is_not_merged_is_refused_in_peft_s_own_spelling(tmp_path: Path, name: str, value: Any) -> None:
@@ -260,11 +264,13 @@ def test_an_unknown_field_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("init", [True, False, None, *sorted(PLAIN_INITS)], ids=str)
 def test_an_init_that_leaves_the_base_alone_is_accepted(init: Any) -> None:
-    assert parse(init_lora_weights=init) == parse()
+    found, plain = parse(init_lora_weights=init), parse()
+    assert replace(found, values={}) == replace(plain, values={})
+    assert found.values == {**plain.values, "init_lora_weights": True if init is None else init}
 
 
 @pytest.mark.parametrize(
-    "init", ["loftq", "corda", "lora_ga", "mica", "of the future", 1, ["gaussian"], {"a": 1}], ids=str
+    "init", ["loftq", "corda", "lora_ga", "pissa_niter_4", "of the future", 1, ["gaussian"], {"a": 1}], ids=str
 )
 def test_an_init_that_may_have_changed_the_base_is_refused(init: Any) -> None:
     with pytest.raises(UnsupportedAdapterError, match="'init_lora_weights': expected true, false or one of eva"):
@@ -577,18 +583,18 @@ def test_a_config_that_is_no_strict_json_is_refused(raw: bytes) -> None:
 
 def test_all_unsupported_fields_are_named_at_once() -> None:
     with pytest.raises(UnsupportedAdapterError, match="3 problems") as caught:
-        parse(use_dora=True, velora_config={"a": 1}, unknown=1)
-    assert [problem.subject for problem in caught.value.problems] == ["use_dora", "velora_config", "unknown"]
+        parse(use_qalora=True, arrow_config={"a": 1}, unknown=1)
+    assert [problem.subject for problem in caught.value.problems] == ["use_qalora", "arrow_config", "unknown"]
 
 
 def test_unsupported_fields_and_bad_values_are_named_at_once() -> None:
     with pytest.raises(PlanError, match="2 problems") as caught:
-        parse(use_dora=True, r=0)
-    assert [problem.subject for problem in caught.value.problems] == ["use_dora", "r"]
+        parse(use_qalora=True, r=0)
+    assert [problem.subject for problem in caught.value.problems] == ["use_qalora", "r"]
 
 
 def test_a_message_is_bounded_whatever_the_value() -> None:
-    with pytest.raises(UnsupportedAdapterError, match="use_dora") as caught:
-        parse(use_dora="\x1b" * 100_000)
+    with pytest.raises(UnsupportedAdapterError, match="use_qalora") as caught:
+        parse(use_qalora="\x1b" * 100_000)
     assert len(str(caught.value)) < 300
     assert "\x1b" not in str(caught.value)

@@ -74,12 +74,12 @@ def test_dry_run_refuses_what_the_merge_would(tiny: Paths) -> None:
 
 def test_a_refusal_exits_3_names_everything_and_writes_nothing(tiny: Paths, tmp_path: Path) -> None:
     config = tiny[1] / "adapter_config.json"
-    config.write_text(config.read_text().replace("{", '{"use_dora": true, "use_magic": 1, ', 1))
+    config.write_text(config.read_text().replace("{", '{"use_qalora": true, "use_magic": 1, ', 1))
     result = invoke("merge", *tiny, "--output", tmp_path / "out")
     assert result.exit_code == 3
     assert result.stdout == ""
     assert "2 problems" in result.stderr
-    assert "'use_dora'" in result.stderr
+    assert "'use_qalora'" in result.stderr
     assert "'use_magic'" in result.stderr
     assert "hint:" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -141,11 +141,11 @@ def test_inspect_tells_a_base_from_an_adapter(tiny: Paths) -> None:
 
 def test_inspect_says_why_an_adapter_cannot_be_merged(tiny: Paths) -> None:
     config = tiny[1] / "adapter_config.json"
-    config.write_text(config.read_text().replace("{", '{"use_dora": true, ', 1))
+    config.write_text(config.read_text().replace("{", '{"use_qalora": true, ', 1))
     result = invoke("inspect", tiny[1], "--json")
     document = json.loads(result.stdout)
     assert document["kind"] == "adapter"
-    assert document["problems"][0]["subject"] == "use_dora"
+    assert document["problems"][0]["subject"] == "use_qalora"
     assert result.exit_code == 3
 
 

@@ -249,7 +249,7 @@ def test_the_bias_of_a_pair_is_scaled_and_added(tmp_path: Path, dtype: torch.dty
 
 
 def test_the_bias_of_a_pair_on_a_module_of_another_size_is_refused(tmp_path: Path) -> None:
-    says = r"lora_B\.bias': expected the base's shape \[12\], found \[11\]"
+    says = r"lora_B\.bias': expected a vector of the base bias's shape \[12\], found shape \[11\]"
     refuse(tmp_path, says, {f"{Q}.lora_B.bias": torch.zeros(11)}, lora_bias=True)
 
 

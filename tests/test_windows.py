@@ -21,7 +21,7 @@ import rawmerge
 from rawmerge.errors import PlanError
 from rawmerge.formats.shard_header import TensorEntry
 from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Update, UpdateTensor, Window, matrix_of
-from rawmerge.methods import METHODS
+from rawmerge.methods import ADAPTER_KINDS, METHODS
 from rawmerge.methods.interface import Scratch, Setting, TileContext
 from rawmerge.plan_json import format_plan, parse_plan
 from rawmerge.shared_tensors import SharedTensors, count_uses
@@ -328,7 +328,11 @@ def test_an_engine_reads_a_factor_of_many_steps_once(tmp_path: Path, monkeypatch
 
 
 def test_the_kinds_of_the_registry_are_the_names_that_plans_hold() -> None:
-    assert set(METHODS) == {"lora", "lora_bias", "expert_lora", "token_rows"}
+    assert {"lora", "lora_bias", "expert_lora", "token_rows"} <= set(METHODS)
+    # a name that two kinds gave would be one of the two's arithmetic for both
+    assert len(METHODS) == len({id(method) for method in METHODS.values()})
+    names = [name for kind in ADAPTER_KINDS.values() for name in kind.methods]
+    assert all(METHODS[name] is kind.methods[name] for kind in ADAPTER_KINDS.values() for name in kind.methods), names
 
 
 def test_a_setting_that_is_no_number_is_a_type_error() -> None:

@@ -9,76 +9,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from rawmerge.errors import AdapterError, Problem, ProblemCollector, UnsupportedAdapterError
-from rawmerge.formats.adapter_values import as_regex, bad_values
+from rawmerge.formats.adapter_fields import (
+    COMMON_FIELDS,
+    COMMON_IGNORED,
+    LORA,
+    LORA_VARIANT_FIELDS,
+    unknown_field,
+    unsupported_lora_fields,
+)
+from rawmerge.formats.adapter_values import as_regex, bad_common_values, bad_kind_values, bad_values
+from rawmerge.formats.kind_fields import KindFields
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 
 CONFIG_NAME: Final = "adapter_config.json"
-SUPPORTED_TYPES: Final = ("LORA",)
-
-#: Fields that change the merge and are followed, or that tell whether base and adapter belong together.
-SUPPORTED_FIELDS: Final = frozenset(
-    [
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "layer_replication",
-        "lora_B_layout",
-        "lora_alpha",
-        "lora_bias",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "target_parameters",
-        "task_type",
-        "trainable_token_indices",
-        "use_rslora",
-    ]
-)
-#: Fields that say how the adapter was trained, or repeat what its tensors say; they do not change a merge.
-IGNORED_FIELDS: Final = frozenset(
-    [
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_dropout",
-        "megatron_core",
-        "qalora_group_size",
-        "runtime_config",
-        "eva_config",
-        "loftq_config",
-        "corda_config",
-        "lora_ga_config",
-    ]
-)
-#: Fields that change the merge in a way this version does not do; refused by name when set.
-REFUSED_FIELDS: Final = {
-    "alora_invocation_tokens": "aLoRA acts on some tokens only, so it has no place in the weights",
-    "arrow_config": "Arrow routes each token between adapters, so it has no place in the weights",
-    "kasa_config": "KaSA changes the base before the delta is added; not merged yet; PEFT can",
-    "megatron_config": "Megatron shards are not PEFT tensors",
-    "monteclora_config": "MonteCLoRA is not merged yet; PEFT can",
-    "use_bdlora": "block-diagonal LoRA is not merged yet; PEFT can",
-    "use_dora": "DoRA is not merged yet; PEFT can",
-    "use_qalora": "QALoRA merges into quantised weights only",
-    "velora_config": "VeLoRA is not merged yet; PEFT can",
-}
-#: Values of `init_lora_weights` after which the stored pair is a plain LoRA on the unchanged base.
-PLAIN_INITS: Final = frozenset({"eva", "gaussian", "orthogonal"})
-#: How the columns of an experts' lora_B are ordered, as Unsloth marks it: PEFT's way, or Unsloth's of old.
-LORA_B_LAYOUTS: Final = ("rank_major", "grouped_by_expert")
 #: Heads that PEFT adds to `modules_to_save` by itself: task type to module names (`peft_model.py`).
 TASK_HEADS: Final = {
     "SEQ_CLS": ("classifier", "score"),
@@ -95,6 +43,8 @@ class AdapterConfig:
     """What the config says about a merge; ranks and alphas as PEFT resolves them.
 
     Attributes:
+        kind: `peft_type`.
+        values: the kind's own fields, defaults in the place of absent ones; of LoRA those that choose a variant.
         rank: `r`, inner dimension of a pair unless `rank_pattern` says otherwise.
         alpha: `lora_alpha`, numerator of the scaling unless `alpha_pattern` says otherwise.
         rank_pattern: key (a regular expression on the end of a module path) to rank, first match wins.
@@ -140,6 +90,8 @@ class AdapterConfig:
     base_model_class: str = ""
     target_modules: str | tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
+    kind: str = LORA
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def rank_of(self, module_path: str) -> int:
         """Return the rank that the config states for a module (path without `base_model.model.`)."""
@@ -152,6 +104,8 @@ class AdapterConfig:
     def scaling_of(self, module_path: str) -> float:
         """Return alpha / rank, or alpha / sqrt(rank) with rsLoRA: dimensionless."""
         rank, alpha = self.rank_of(module_path), self.alpha_of(module_path)
+        if not rank:  # a kind without
+            return 0.0
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
@@ -185,8 +139,16 @@ def _compiled(key: str) -> re.Pattern[str]:
     return re.compile(as_regex(key))
 
 
-def parse_adapter_config(raw: bytes, path: str) -> AdapterConfig:
+def parse_adapter_config(
+    raw: bytes, path: str, kinds: Mapping[str, KindFields] | None = None, refused: Mapping[str, str] | None = None
+) -> AdapterConfig:
     """Return the config, if every field in it can be followed.
+
+    Args:
+        raw: the file's bytes.
+        path: where it lies, for messages.
+        kinds: fields of the kinds that are merged beside LoRA, by `peft_type`.
+        refused: kinds that cannot be merged, to the reason.
 
     Raises:
         AdapterError: not strict JSON, or a field of a wrong type or value; all such fields at once.
@@ -196,34 +158,76 @@ def parse_adapter_config(raw: bytes, path: str) -> AdapterConfig:
         fields = parse_json_object(raw)
     except StrictJsonError as error:
         raise AdapterError(Problem(path, "an adapter config of strict JSON", str(error))) from error
-    _check_type(fields)
+    known = kinds or {}
+    _check_type(fields, (LORA, *known), refused or {})
+    kind = fields["peft_type"]
+    return _parse_lora(fields) if kind == LORA else _parse_kind(fields, known[kind])
+
+
+def _parse_lora(fields: Mapping[str, Any]) -> AdapterConfig:
     problems = ProblemCollector()
-    problems.add(UnsupportedAdapterError, _unsupported_fields(fields))
-    problems.add(AdapterError, bad_values(fields))
+    problems.add(UnsupportedAdapterError, unsupported_lora_fields(fields))
+    problems.add(AdapterError, [*bad_values(fields), *bad_kind_values(fields, LORA_VARIANT_FIELDS)])
     problems.raise_if_any()
-    return AdapterConfig(
+    return replace(
+        _common_config(fields, LORA_VARIANT_FIELDS),
         rank=fields["r"],
         alpha=float(fields["lora_alpha"]),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
         use_rslora=bool(fields.get("use_rslora")),
-        fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
-        modules_to_save=tuple(fields.get("modules_to_save") or ()),
-        base_model_name=fields.get("base_model_name_or_path") or "",
-        bias=fields.get("bias") or "none",
         lora_bias=bool(fields.get("lora_bias")),
         target_parameters=tuple(fields.get("target_parameters") or ()),
         token_indices=_token_indices(fields.get("trainable_token_indices") or {}),
         layer_replication=tuple((start, end) for start, end in fields.get("layer_replication") or ()),
         ensure_weight_tying=bool(fields.get("ensure_weight_tying")),
         lora_b_layout=fields.get("lora_B_layout") or "",
+    )
+
+
+def _parse_kind(fields: Mapping[str, Any], kind: KindFields) -> AdapterConfig:
+    problems = ProblemCollector()
+    patterns = {"rank_pattern": kind.rank, "alpha_pattern": kind.alpha}
+    has_patterns = {name for name, of in patterns.items() if of and name not in kind.followed}
+    known = {*COMMON_FIELDS, *COMMON_IGNORED, *kind.followed, *kind.ignored, *has_patterns, kind.token_indices}
+    problems.add(UnsupportedAdapterError, (unknown_field(*item) for item in fields.items() if _is_set(item, known)))
+    problems.add(AdapterError, [*bad_common_values(fields, has_patterns), *bad_kind_values(fields, kind)])
+    problems.raise_if_any()
+    config = _common_config(fields, kind)
+    return replace(
+        config,
+        rank=config.values.get(kind.rank) or 0,
+        alpha=float(config.values.get(kind.alpha) or 0),
+        rank_pattern=fields.get("rank_pattern") or {} if "rank_pattern" in has_patterns else {},
+        alpha_pattern=fields.get("alpha_pattern") or {} if "alpha_pattern" in has_patterns else {},
+        token_indices=_token_indices(fields.get(kind.token_indices) or {}),
+    )
+
+
+def _common_config(fields: Mapping[str, Any], kind: KindFields) -> AdapterConfig:
+    """Return the config with all that is the same for every kind."""
+    stated = {name: fields.get(name) for name in kind.followed}
+    return AdapterConfig(
+        rank=0,
+        alpha=0.0,
+        fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
+        modules_to_save=tuple(fields.get("modules_to_save") or ()),
+        base_model_name=fields.get("base_model_name_or_path") or "",
+        bias=fields.get("bias") or "none",
         revision=fields.get("revision") or "",
         task_type=fields.get("task_type") or "",
         peft_version=fields.get("peft_version") or "",
         base_model_class=(fields.get("auto_mapping") or {}).get("base_model_class") or "",
         target_modules=_pattern_or_names(fields.get("target_modules") or ()),
         exclude_modules=_pattern_or_names(fields.get("exclude_modules") or ()),
+        kind=fields["peft_type"],
+        values={name: kind.followed[name].default if value is None else value for name, value in stated.items()},
     )
+
+
+def _is_set(item: tuple[str, Any], known: set[str]) -> bool:
+    name, value = item
+    return bool(value) and name not in known
 
 
 def _token_indices(value: Mapping[str, list[int]] | list[int]) -> Mapping[str, tuple[int, ...]]:
@@ -235,33 +239,23 @@ def _pattern_or_names(value: str | Iterable[str]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(value)
 
 
-def _check_type(fields: Mapping[str, Any]) -> None:
+def _check_type(fields: Mapping[str, Any], known: tuple[str, ...], refused: Mapping[str, str]) -> None:
     peft_type = fields.get("peft_type")
-    if peft_type in SUPPORTED_TYPES:
+    if peft_type in known:
         return
-    known = ", ".join(SUPPORTED_TYPES)
+    if isinstance(peft_type, str) and peft_type in refused:
+        hint = f"{refused[peft_type]}{_parts_of_mixture(fields)}"
+        raise UnsupportedAdapterError(Problem("peft_type", "a kind that can be merged", peft_type, hint))
     found = "none" if peft_type is None else ascii(peft_type)[:80]
-    hint = f"this version merges {known}" if peft_type else "is this the folder of a PEFT adapter?"
-    raise UnsupportedAdapterError(Problem("peft_type", f"one of {known}", found, hint))
+    listed = f"one of {', '.join(known)}"
+    hint = f"this version merges {', '.join(known)}" if peft_type else "is this the folder of a PEFT adapter?"
+    raise UnsupportedAdapterError(Problem("peft_type", listed, found, hint))
 
 
-def _unsupported_fields(fields: Mapping[str, Any]) -> Iterable[Problem]:
-    for name, value in fields.items():
-        if not value:
-            continue
-        if name in REFUSED_FIELDS:
-            yield Problem(name, "it to be unset", ascii(value)[:80], REFUSED_FIELDS[name])
-        elif name == "init_lora_weights":
-            yield from _unsupported_init(value)
-        elif name == "lora_B_layout" and value not in LORA_B_LAYOUTS:
-            yield Problem(name, f"one of {', '.join(LORA_B_LAYOUTS)}", ascii(value)[:80])
-        elif name not in SUPPORTED_FIELDS and name not in IGNORED_FIELDS:
-            hint = "a newer PEFT may mean something by it that would be lost; remove it if you know it does not"
-            yield Problem(name, "a config field that rawmerge knows", ascii(value)[:80], hint)
-
-
-def _unsupported_init(value: object) -> Iterable[Problem]:
-    if value is not True and not (isinstance(value, str) and value.lower() in PLAIN_INITS):
-        hint = "it changed the base in training; PEFT converts such adapters: path_initial_model_for_weight_conversion"
-        plain = ", ".join(sorted(PLAIN_INITS))
-        yield Problem("init_lora_weights", f"true, false or one of {plain}", ascii(value)[:80], hint)
+def _parts_of_mixture(fields: Mapping[str, Any]) -> str:
+    """Return the adapters that a mixture of adapters names, to merge them one by one."""
+    adapters = fields.get("adapters")
+    if not isinstance(adapters, dict) or not adapters:
+        return ""
+    listed = ", ".join(f"{ascii(name)[:80]} ({ascii(path)[:160]})" for name, path in list(adapters.items())[:20])
+    return f": {listed}"

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final, NamedTuple
 
+from rawmerge.formats.name_grammar import PLAIN_LORA, Grammar, read_own
+
 PREFIX: Final = "base_model.model."
 #: Segments that torch.compile, FSDP and activation checkpointing add, anywhere in a path.
 WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -69,10 +71,10 @@ class AdapterTensorName:
     Attributes:
         text: the name as the file has it.
         role: `lora_a`, `lora_b`, `lora_embedding_a`, `lora_embedding_b`, halves of a pair; `lora_b_bias`, that pair's
-            bias; `token_rows`, trained rows of an embedding; `stored`, a whole tensor that replaces the base's;
-            `stored_base`, the same for a module that PEFT wraps; `saved_copy`, a tensor of a module in
-            `modules_to_save` under the name it has in memory; `original_copy`, that module's tensor before training;
-            `foreign`, a name that this version does not follow.
+            bias; a role of the kind's own grammar; `token_rows`, trained rows of an embedding; `stored`, a whole tensor
+            that replaces the base's; `stored_base`, the same for a module that PEFT wraps; `saved_copy`, a tensor of a
+            module in `modules_to_save` under the name it has in memory; `original_copy`, that module's tensor before
+            training; `foreign`, a name that this version does not follow.
         module_path: path of the module in the trained model, without prefix, wrappers and PEFT's own segments.
         parameter: the module's parameter that the tensor is about; of a `saved_copy` it may lie deeper (dots).
         depth: how many `.base_layer` stood between the module and its pair: PEFT nests the pairs of
@@ -103,11 +105,14 @@ class _Reading(NamedTuple):
     adapter_name: str = ""
 
 
-def parse_adapter_name(text: str, known_names: frozenset[str] = DEFAULT_NAMES) -> AdapterTensorName:
+def parse_adapter_name(
+    text: str, known_names: frozenset[str] = DEFAULT_NAMES, grammar: Grammar = PLAIN_LORA
+) -> AdapterTensorName:
     """Return what `text` says; a name outside the grammar gets the role `foreign`.
 
     Args:
         text: the name.
+        grammar: how the adapter's kind names its own tensors.
         known_names: what counts as an adapter's own name behind `modules_to_save`, where a submodule's name may
             stand as well; elsewhere the grammar tells them apart.
 
@@ -116,16 +121,16 @@ def parse_adapter_name(text: str, known_names: frozenset[str] = DEFAULT_NAMES) -
         'h.0.attn'
     """
     wrappers, segments = _unwrap(text)
-    reading = _read(segments, known_names) or _Reading("foreign", segments, "")
+    reading = _read(segments, known_names, grammar) or _Reading("foreign", segments, "")
     role, module, parameter, depth, adapter_name = reading
     return AdapterTensorName(text, role, ".".join(module), parameter, depth, adapter_name, wrappers)
 
 
-def parse_adapter_names(texts: Iterable[str]) -> list[AdapterTensorName]:
+def parse_adapter_names(texts: Iterable[str], grammar: Grammar = PLAIN_LORA) -> list[AdapterTensorName]:
     """Return what each name of one file says, read with the adapter names that the file's other names show."""
-    names = [parse_adapter_name(text) for text in texts]
+    names = [parse_adapter_name(text, grammar=grammar) for text in texts]
     known = DEFAULT_NAMES | adapter_names(names)
-    return [parse_adapter_name(name.text, known) if name.role == "saved_copy" else name for name in names]
+    return [parse_adapter_name(name.text, known, grammar) if name.role == "saved_copy" else name for name in names]
 
 
 def adapter_names(names: Iterable[AdapterTensorName]) -> set[str]:
@@ -178,14 +183,24 @@ def _unwrap(text: str) -> tuple[tuple[str, ...], list[str]]:
     return (*parallel, *wrappers), rest or [""]
 
 
-def _read(segments: list[str], known_names: frozenset[str]) -> _Reading | None:
+def _read(segments: list[str], known_names: frozenset[str], grammar: Grammar) -> _Reading | None:
     if not all(segments):  # torch has no empty module names
         return None
-    if any(segment in PARTS for segment in segments):
+    if (reading := _read_own(segments, grammar)) or grammar.is_foreign:
+        return reading
+    if grammar.has_pairs and any(segment in PARTS for segment in segments):
         return _read_part(segments)
     if "modules_to_save" in segments or "original_module" in segments:
         return _read_copy(segments, known_names)
     return _read_whole(segments)
+
+
+def _read_own(segments: list[str], grammar: Grammar) -> _Reading | None:
+    """Read a name of the kind's own grammar, the adapter's name left in or not."""
+    found = read_own(segments, grammar)
+    if found is None or any(map(_is_of_peft, found.module)):
+        return None
+    return _Reading(found.role, found.module, found.parameter, 0, found.adapter_name)
 
 
 def _read_part(segments: list[str]) -> _Reading | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from rawmerge.errors import Problem
+from rawmerge.formats.kind_fields import KindFields
 
 #: Repeats (`*`, `+`, `{…}`) that a pattern may have: each one more multiplies the time by the path's length.
 MAX_REPEATS: Final = 4
@@ -36,6 +37,31 @@ def bad_values(fields: Mapping[str, Any]) -> Iterable[Problem]:
         if fields.get(name) is not None and not is_valid(fields[name]):
             yield Problem(name, expected, _describe(fields, name))
     yield from _saved_and_trained(fields)
+
+
+def bad_common_values(fields: Mapping[str, Any], patterns: Iterable[str]) -> Iterable[Problem]:
+    """Yield a problem for every field of a wrong type or value among those that all kinds have, and the patterns."""
+    for name, (is_valid, expected) in _CHECKS.items():
+        if name in _OF_ALL_KINDS and fields.get(name) is not None and not is_valid(fields[name]):
+            yield Problem(name, expected, _describe(fields, name))
+    bias = fields.get("bias")
+    if bias is not None and not (isinstance(bias, str) and _BIAS.fullmatch(bias)):
+        yield Problem("bias", "none, all, or the kind's own biases", _describe(fields, "bias"))
+    for name in sorted(patterns):
+        yield from _bad_pattern(fields, name, _is_rank if name == "rank_pattern" else _is_alpha)
+
+
+def bad_kind_values(fields: Mapping[str, Any], kind: KindFields) -> Iterable[Problem]:
+    """Yield a problem for every field of a kind's own that has a value it cannot have; null counts as unset."""
+    for name, known in kind.followed.items():
+        value = fields.get(name)
+        if value is None and known.is_required:
+            yield Problem(name, known.expected, _describe(fields, name))
+        elif value is not None and not known.check(value):
+            yield Problem(name, known.expected, _describe(fields, name))
+    indices = fields.get(kind.token_indices)
+    if indices is not None and not _is_token_indices(indices):
+        yield Problem(kind.token_indices, _CHECKS["trainable_token_indices"][1], _describe(fields, kind.token_indices))
 
 
 def as_regex(key: str) -> str:
@@ -139,6 +165,20 @@ def _is_layer_range(value: object) -> bool:
     return bool(0 <= value[0] < value[1] <= MAX_LAYERS)
 
 
+_BIAS: Final = re.compile(r"none|all|[a-z0-9_]+_only")
+_OF_ALL_KINDS: Final = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "peft_version",
+        "revision",
+        "target_modules",
+        "task_type",
+    ]
+)
 #: Field -> (whether a value that is not null is one of it, what it is).
 _CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "use_rslora": (_is_switch, "true or false"),

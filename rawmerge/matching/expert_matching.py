@@ -15,14 +15,15 @@ from typing import Final
 from rawmerge.errors import AdapterError, PlanError, Problem
 from rawmerge.formats.adapter_config import matches_target
 from rawmerge.matching.ledger import Ledger
-from rawmerge.matching.lora_pairs import LoraPair
+from rawmerge.matching.module_tensors import ModuleTensors
 from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.merge_options import GROUPED
 from rawmerge.merge_plan import Setting, Update
-from rawmerge.methods import METHODS
+from rawmerge.methods.expert_lora import ExpertLoraMethod
 from rawmerge.methods.interface import ModuleFacts, Shape, ShapeMismatchError
+from rawmerge.methods.lora import LoraMethod
 from rawmerge.tensor_source import TensorSource
 
 KIND: Final = "expert_lora"
@@ -45,16 +46,16 @@ class ExpertMatcher:
         self._is_grouped = (layout or config.lora_b_layout) == GROUPED
         self._leaves = tuple(dict.fromkeys(target.rpartition(".")[2] for target in config.target_parameters))
 
-    def match(self, pairs: Iterable[LoraPair]) -> list[LoraPair]:
+    def match(self, pairs: Iterable[ModuleTensors]) -> list[ModuleTensors]:
         """Record the pairs on bare parameters; return those on modules."""
-        modules: dict[str, list[LoraPair]] = defaultdict(list)
+        modules: dict[str, list[ModuleTensors]] = defaultdict(list)
         for pair in pairs:
             modules[pair.module_path].append(pair)
         for path, found in self._parameter_places(modules).items():
             self._assign(modules.pop(path), found)
         return [pair for group in modules.values() for pair in group]
 
-    def _parameter_places(self, modules: dict[str, list[LoraPair]]) -> dict[str, dict[str, Place]]:
+    def _parameter_places(self, modules: dict[str, list[ModuleTensors]]) -> dict[str, dict[str, Place]]:
         """Return, for each module whose pairs are on parameters, the parameters that the base has."""
         wanted = {
             f"{path}.{leaf}": (path, leaf)
@@ -74,7 +75,9 @@ class ExpertMatcher:
         self._refuse_missed(modules, {path: at for path, at in missed.items() if path not in found})
         return found
 
-    def _refuse_missed(self, modules: dict[str, list[LoraPair]], missed: Mapping[str, tuple[str, Resolution]]) -> None:
+    def _refuse_missed(
+        self, modules: dict[str, list[ModuleTensors]], missed: Mapping[str, tuple[str, Resolution]]
+    ) -> None:
         """Refuse pairs on modules of which the base has neither the parameters that the config names nor a weight."""
         if not self._ledger.adapter.config.target_parameters:
             return
@@ -90,7 +93,7 @@ class ExpertMatcher:
             return [leaf for leaf in self._leaves if matches_target(targets, f"{path}.{leaf}")]
         return _FUSED if path.rpartition(".")[2] == "experts" else ()
 
-    def _assign(self, pairs: list[LoraPair], places: Mapping[str, Place]) -> None:
+    def _assign(self, pairs: list[ModuleTensors], places: Mapping[str, Place]) -> None:
         """Give each pair its parameter: by shape, and where several fit, by the order of registration."""
         inner_first = sorted(pairs, key=lambda pair: -pair.depth)
         depths = [pair.depth for pair in inner_first]
@@ -119,13 +122,13 @@ class ExpertMatcher:
         for pair, leaf in zip(inner_first, fitting[0], strict=True):
             self._record(pair, f"{pair.module_path}.{leaf}", places[leaf])
 
-    def _fits(self, pair: LoraPair, place: Place) -> bool:
+    def _fits(self, pair: ModuleTensors, place: Place) -> bool:
         lora_a, lora_b = (self._ledger.source(name).shape for name in pair.factors)
         if len(lora_a) != 2 or len(lora_b) != 2:
             return False
         return (lora_b[0], lora_a[1]) in (place.shape[-2:], place.shape[-2:][::-1])
 
-    def _assignment_problem(self, pairs: list[LoraPair], places: Mapping[str, Place], count: int) -> Problem:
+    def _assignment_problem(self, pairs: list[ModuleTensors], places: Mapping[str, Place], count: int) -> Problem:
         shapes = {leaf: list(place.shape) for leaf, place in places.items()}
         expected = f"{len(pairs)} of the parameters {shapes} that these pairs fit" if not count else "one order of them"
         deltas = [[self._ledger.source(name).shape for name in pair.factors] for pair in pairs]
@@ -133,7 +136,7 @@ class ExpertMatcher:
         hint = "" if count else "is this the base the adapter was trained on, and is target_parameters complete?"
         return Problem(pairs[0].first, expected, found, hint)
 
-    def _record(self, pair: LoraPair, parameter: str, place: Place) -> None:
+    def _record(self, pair: ModuleTensors, parameter: str, place: Place) -> None:
         name_a, name_b = pair.factors
         if "lora_b_bias" in pair.names:
             problem = Problem(pair.names["lora_b_bias"].text, "no bias on a bare parameter", "one")
@@ -166,8 +169,9 @@ class ExpertMatcher:
             rounds_delta=True,
         )
         shapes: dict[str, Shape] = {role: source.shape for role, source in tensors.items()}
-        settings = METHODS[kind].settings(shapes, facts)
-        return {**settings, "grouped_by_expert": self._is_grouped} if kind == KIND else settings
+        if kind != KIND:
+            return LoraMethod().settings(shapes, facts)
+        return {**ExpertLoraMethod().settings(shapes, facts), "grouped_by_expert": self._is_grouped}
 
     def _square_is_transposed(self) -> bool | None:
         """Return how PEFT reads a square parameter: its versions differ, and the file does not tell.
@@ -191,7 +195,7 @@ class ExpertMatcher:
         if kind == KIND and not place.is_whole:
             self._update_experts(place, tensors, settings)
             return
-        self._ledger.update_place(place, kind, tensors, settings)
+        self._ledger.update_place(place, Update(kind, tensors, settings))
         if place.is_whole and len(place.shape) == 3:
             experts, height, width = place.shape
             self._ledger.columns[place.name] = width

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from rawmerge.adapter import Adapter
 from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.errors import Problem, ProblemCollector, quote
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.matching.places import Piece, Place
-from rawmerge.merge_plan import AdapterUse, Setting, Update, Window
+from rawmerge.merge_plan import AdapterUse, Update, Window
 from rawmerge.tensor_source import TensorSource
 
 
@@ -115,22 +115,25 @@ class Ledger:
             taken.append(part)
         return None
 
-    def update_place(
-        self, place: Place, kind: str, tensors: Mapping[str, TensorSource], settings: Mapping[str, Setting]
-    ) -> None:
+    @property
+    def accounted(self) -> set[str]:
+        """The adapter tensors of which it is known what became of them."""
+        return {use.name for use in self.uses}
+
+    def update_place(self, place: Place, update: Update) -> None:
         """Record an update of everything that a place holds."""
         if place.is_whole:
             overlay = self.overlays.get(place.name)
             window = Window(row=0, row_count=overlay.shape[0]) if overlay else None
-            self.updates[place.name].append(Update(kind, tensors, settings, window))
+            self.updates[place.name].append(replace(update, window=window))
         else:
             for piece in place.pieces:
-                self.update_piece(place, piece, Update(kind, tensors, settings), piece.at)
+                self.update_piece(place, piece, update, piece.at)
 
     def update_piece(self, place: Place, piece: Piece, update: Update, delta_row: int) -> None:
         """Record an update of some rows of a disk tensor; the delta's row `delta_row` goes to the first of them."""
         window = Window(piece.row, piece.rows, delta_row, piece.column, piece.column_step, piece.columns)
-        self.updates[piece.tensor].append(Update(update.kind, update.tensors, update.settings, window))
+        self.updates[piece.tensor].append(replace(update, window=window))
         if place.view_columns and len(self.base.tensors[piece.tensor].shape) > 2:
             self.columns[piece.tensor] = place.view_columns
 

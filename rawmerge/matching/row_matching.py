@@ -16,8 +16,9 @@ from rawmerge.matching.naming import NameResolver, Target
 from rawmerge.matching.places import Place
 from rawmerge.matching.tied_embeddings import Tie
 from rawmerge.matching.unmatched import Unmatched
-from rawmerge.methods import METHODS
+from rawmerge.merge_plan import Update
 from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError
+from rawmerge.methods.token_rows import TokenRowsMethod
 
 
 class RowMatcher:
@@ -57,7 +58,7 @@ class RowMatcher:
             return
         facts = ModuleFacts(self._ledger.place_shape(place), 1, 1.0, None, token_indices=indices)
         try:
-            settings = METHODS["token_rows"].settings({"rows": source.shape}, facts)
+            settings = TokenRowsMethod().settings({"rows": source.shape}, facts)
         except ShapeMismatchError as error:
             self._ledger.problems.add(PlanError, [Problem(name.text, error.expected, error.found, error.hint)])
             return
@@ -65,7 +66,7 @@ class RowMatcher:
             problem = Problem(name.text, f"one set of trained rows for {quote(place.name)}", "another")
             self._ledger.problems.add(PlanError, [problem])
             return
-        self._ledger.update_place(place, "token_rows", {"rows": source}, settings)
+        self._ledger.update_place(place, Update("token_rows", {"rows": source}, settings))
         self._ledger.account([name], "updates", place)
 
     def _indices(self, name: AdapterTensorName) -> tuple[int, ...] | None:

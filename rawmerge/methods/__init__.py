@@ -1,15 +1,23 @@
-"""One file per adapter kind: pure tensor maths, and what a kind needs to know of shapes. No files, no names."""
+"""One file per adapter kind: what it is called, what its files hold, and pure tensor maths."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from rawmerge.methods import expert_lora, lora, lora_bias, token_rows
-from rawmerge.methods.interface import Method
+from rawmerge.methods.ia3 import Ia3Kind
+from rawmerge.methods.interface import AdapterKind, Method
+from rawmerge.methods.loha import LohaKind
+from rawmerge.methods.lora_kind import LoraKind
+from rawmerge.methods.osf import OsfKind
 
-METHODS: Final[dict[str, Method]] = {
-    lora.KIND: lora.LoraMethod(),
-    lora_bias.KIND: lora_bias.LoraBiasMethod(),
-    expert_lora.KIND: expert_lora.ExpertLoraMethod(),
-    token_rows.KIND: token_rows.TokenRowsMethod(),
-}
+_KINDS: Final[tuple[AdapterKind, ...]] = (
+    LoraKind(),
+    Ia3Kind(),
+    LohaKind(),
+    OsfKind(),
+)
+
+#: Every kind that can be merged, by `peft_type`.
+ADAPTER_KINDS: Final[dict[str, AdapterKind]] = {kind.peft_type: kind for kind in _KINDS}
+#: What plans name to compute with.
+METHODS: Final[dict[str, Method]] = {name: method for kind in _KINDS for name, method in kind.methods.items()}

@@ -5,14 +5,29 @@ Torch is named in annotations only, so that a plan can be made without importing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
+
+from rawmerge.formats.kind_fields import KindFields
+from rawmerge.methods.target_module import MissingTensorError as MissingTensorError  # kinds take all from here
+from rawmerge.methods.target_module import Peer as Peer
+from rawmerge.methods.target_module import Shape, TargetModule
+from rawmerge.methods.target_module import ShapeMismatchError as ShapeMismatchError
+from rawmerge.methods.target_module import UnmergeableError as UnmergeableError
 
 if TYPE_CHECKING:
     import torch
 
-Shape = tuple[int, ...]
+#: How much of the base an update must see to compute some rows: those rows; all rows, once, in a pass before, of which
+#: it keeps little; or the whole tensor in memory.
+ROWS: Final = "rows"
+COLUMNS: Final = "columns"
+WHOLE: Final = "whole"
+#: In a planned update's roles: the module's weight as the base has it, beside the adapter's own tensors.
+BASE_WEIGHT: Final = "base_weight"
 #: What a method may note for `prepare`, besides the tensors; a plan keeps it as JSON.
 Setting: TypeAlias = bool | int | float | str | tuple[int, ...]
 
@@ -27,17 +42,6 @@ def number(settings: Mapping[str, Setting], name: str) -> float:
     if not isinstance(value, int | float):
         raise TypeError(f"setting {name} must be a number, not {value!r}")
     return value
-
-
-class ShapeMismatchError(ValueError):
-    """A tensor's shape contradicts the base or its partner; fields as in `rawmerge.errors.Problem`."""
-
-    def __init__(self, role: str, expected: str, found: str, hint: str = "") -> None:
-        super().__init__(role, expected, found)
-        self.role = role
-        self.expected = expected
-        self.found = found
-        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +66,54 @@ class ModuleFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedUpdate:
+    """What a kind does to one tensor of a module.
+
+    Attributes:
+        method: which of `rawmerge.methods.METHODS` computes it.
+        roles: which tensors it needs: of the module, shared ones, or `BASE_WEIGHT`.
+        settings: its own numbers and switches.
+        parameter: which of the module's parameters it changes.
+        reach: how much of the base it must see: `ROWS`, `COLUMNS` or `WHOLE`.
+        working_bytes: most memory it takes besides tiles and the adapter's tensors as stored, in bytes.
+    """
+
+    method: str
+    roles: tuple[str, ...]
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    parameter: str = "weight"
+    reach: str = ROWS
+    working_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TileContext:
     """What a prepared update may know about the tensor that it will be applied to.
 
     Attributes:
-        shape: shape of the base tensor.
-        compute_dtype: dtype of the delta's arithmetic.
-        rounding_dtype: dtype to which kinds that PEFT rounds twice round their delta first; None for none.
+        shape: shape of the base tensor, as stored.
+        compute_dtype: dtype of the delta's arithmetic: float32, or float64 where asked for or where the base is.
+        rounding_dtype: dtype to which kinds that PEFT rounds twice round their delta first; None for none, which also
+            says that PEFT's roundings on the way are not wanted.
+        base_dtype: dtype of the base as stored.
+        tiles: goes through the tensor's matrix view once, from its first row to its last: (first row, rows in compute
+            dtype, with all earlier updates applied). What it yields is valid until the next step; copy what you keep.
     """
 
     shape: Shape
     compute_dtype: torch.dtype
     rounding_dtype: torch.dtype | None
+    base_dtype: torch.dtype | None = None
+    tiles: Callable[[], Iterator[tuple[int, torch.Tensor]]] = lambda: iter(())
+
+    def whole(self) -> torch.Tensor:
+        """Return the tensor as its matrix view (first dimension, all others), in compute dtype, a copy of its own."""
+        import torch
+
+        matrix = torch.empty(self.shape[0], prod(self.shape[1:]), dtype=self.compute_dtype)
+        for first_row, rows in self.tiles():
+            matrix[first_row : first_row + len(rows)] = rows
+        return matrix
 
 
 class Scratch(Protocol):
@@ -98,14 +138,7 @@ class PreparedUpdate(Protocol):
 
 
 class Method(Protocol):
-    """One adapter kind."""
-
-    def settings(self, shapes: Mapping[str, Shape], facts: ModuleFacts) -> Mapping[str, Setting]:
-        """Check shapes (role to shape) and return what `prepare` needs to know besides the tensors.
-
-        Raises:
-            ShapeMismatchError: a shape contradicts the base, the partner or the config.
-        """
+    """The arithmetic of one adapter kind, or of one way in which it changes a tensor."""
 
     def prepare(
         self,
@@ -114,3 +147,62 @@ class Method(Protocol):
         context: TileContext,
     ) -> PreparedUpdate:
         """Return the update, its tensors (role to tensor, dtype as stored) converted once."""
+
+
+class AdapterKind(ABC):
+    """One kind of PEFT adapter: what its file holds, what its config says, and what it does to a module.
+
+    Attributes:
+        peft_type: what `adapter_config.json` calls it.
+        title: what people call it.
+        formula: what a merge does, for the README's table; W is the base's weight, s the scaling.
+        modules: on which modules, for the same table.
+        bits: "equal" to PEFT's, or the tolerance and its reason, for the same table.
+        parts: what stands behind the module's path in a tensor's name, to its role; `*` is any number, which the role's
+            `*` repeats: `peanut_encoders.*.weight` to `encoder.*`.
+        shared: the same for tensors of the whole adapter.
+        ignored: roles that do not change a merge, to the reason.
+        integers: roles of tensors that need not be plain floats, such as indices.
+        in_parts: methods that may change a part of a base tensor, where the disk fuses what the model splits.
+        fields: the config fields beside those that all kinds have.
+        methods: what its updates are computed with, by the names that its plans use.
+        is_foreign: whether its files are not PEFT's, so that no `adapter_config.json` names the kind.
+        has_flat_names: whether paths of modules are flattened in its files, `_` for each dot.
+    """
+
+    peft_type: ClassVar[str]
+    title: ClassVar[str]
+    formula: ClassVar[str]
+    modules: ClassVar[str] = "Linear, Conv1D"
+    bits: ClassVar[str] = "equal"
+    parts: ClassVar[Mapping[str, str]] = {}
+    shared: ClassVar[Mapping[str, str]] = {}
+    ignored: ClassVar[Mapping[str, str]] = {}
+    integers: ClassVar[Collection[str]] = ()
+    in_parts: ClassVar[Collection[str]] = ()
+    fields: ClassVar[KindFields] = KindFields()
+    methods: ClassVar[Mapping[str, Method]] = {}
+    is_foreign: ClassVar[bool] = False
+    has_flat_names: ClassVar[bool] = False
+
+    def delta_shape(self, shapes: Mapping[str, Shape], values: Mapping[str, Any]) -> Shape | None:  # noqa: ARG002
+        """Return what the module's tensors tell of its weight's shape, (out, in) with -1 for what they do not tell.
+
+        It decides which base tensor a name may mean and how that is stored. Of an embedding, out is its dimension and
+        in its vocabulary. None: they tell nothing. Shapes may be
+        anything a file can hold; `values` are the config's.
+        """
+        return None
+
+    @abstractmethod
+    def plan(self, module: TargetModule) -> Iterable[PlannedUpdate]:
+        """Yield what to do to the module; every one of its tensors must be in a role or ignored.
+
+        Raises:
+            MissingTensorError, ShapeMismatchError: the tensors contradict the base, one another or the config.
+            UnmergeableError: this module cannot be merged faithfully, with the reason.
+        """
+
+    def variants(self, values: Mapping[str, Any]) -> Iterable[str]:  # noqa: ARG002
+        """Return which of the kind's variants a config asks for, as people call them."""
+        return ()

@@ -26,6 +26,11 @@ def llama(**fields: Any) -> Any:
     return transformers.LlamaConfig(**{**sizes, **heads, **_TOKENS, "tie_word_embeddings": False, **fields})
 
 
+def tall_llama() -> Any:
+    """One layer whose MLP weights are so large that they are computed in several tiles."""
+    return llama(hidden_size=320, intermediate_size=1024, num_hidden_layers=1)
+
+
 def gpt2(**fields: Any) -> Any:
     """Conv1D weights; c_proj and q_attn are square."""
     sizes = {"vocab_size": 96, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
@@ -52,6 +57,11 @@ def resnet() -> Any:
     return transformers.ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="bottleneck", num_labels=3
     )
+
+
+def tall_gpt2() -> Any:
+    """The same in Conv1D's layout."""
+    return gpt2(n_embd=320, n_layer=1)
 
 
 def clip() -> Any:

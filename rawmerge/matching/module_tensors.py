@@ -1,4 +1,4 @@
-"""The tensors of an adapter that belong together: a pair on a module, with its bias."""
+"""The tensors of an adapter that belong together: all that it holds for one module."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rawmerge.methods import lora
 
 
 @dataclass(slots=True)
-class LoraPair:
-    """The tensors of one LoRA pair: role to name.
+class ModuleTensors:
+    """The tensors of one module: role to name.
 
     Attributes:
         module_path: path of the module in the trained model.
@@ -26,32 +26,32 @@ class LoraPair:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether the pair acts on an embedding's rows."""
-        return any(role.startswith("lora_embedding") for role in self.names)
+        """Whether they act on an embedding's rows."""
+        return any("_embedding" in role for role in self.names)
 
     @property
     def factors(self) -> list[AdapterTensorName]:
-        """The names of A and B, in this order."""
+        """The names of a LoRA pair's A and B, in this order."""
         return [self.names[role] for roles in lora.PAIRS for role in roles if role in self.names]
 
     @property
     def first(self) -> str:
-        """The name to call the pair by."""
+        """The name to call them by."""
         return next(iter(self.names.values())).text
 
 
-def group_pairs(names: Iterable[AdapterTensorName]) -> list[LoraPair]:
-    """Return the pairs in the order of their first tensors."""
-    pairs: dict[tuple[str, int, bool], LoraPair] = {}
+def group_by_module(names: Iterable[AdapterTensorName]) -> list[ModuleTensors]:
+    """Return the modules in the order of their first tensors."""
+    modules: dict[tuple[str, int, bool], ModuleTensors] = {}
     for name in names:
         key = (name.module_path, name.depth, name.role.startswith("lora_embedding"))
-        pair = pairs.setdefault(key, LoraPair(name.module_path, name.depth))
-        pair.names[name.role] = name
-    return list(pairs.values())
+        module = modules.setdefault(key, ModuleTensors(name.module_path, name.depth))
+        module.names[name.role] = name
+    return list(modules.values())
 
 
-def half_problem(pair: LoraPair) -> Problem | None:
-    """Return what is missing from an incomplete pair."""
+def half_problem(pair: ModuleTensors) -> Problem | None:
+    """Return what is missing from an incomplete LoRA pair."""
     for roles in lora.PAIRS:
         present = [role for role in roles if role in pair.names]
         if len(present) == 1:
@@ -59,5 +59,6 @@ def half_problem(pair: LoraPair) -> Problem | None:
             hint = "the file is incomplete; save the adapter again"
             return Problem(pair.names[present[0]].text, f"its partner {missing}", "none", hint)
     if not pair.factors:
-        return Problem(pair.first, "lora_a and lora_b beside this bias", "none")
+        part = "this bias" if "lora_b_bias" in pair.names else "it"
+        return Problem(pair.first, f"lora_a and lora_b beside {part}", "none")
     return None
