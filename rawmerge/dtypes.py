@@ -16,17 +16,14 @@ class StorageDtype:
     Attributes:
         code: the name in a safetensors header, case-sensitive.
         bits: size of one element in bits.
-        torch_name: attribute of the torch module for dtypes that rawmerge computes with, else an empty string.
+        torch_name: attribute of the torch module for dtypes that rawmerge reads into tensors, else an empty string.
+        is_mergeable: whether a delta may be added to a tensor stored this way (plain float, not packed or scaled).
     """
 
     code: str
     bits: int
     torch_name: str = ""
-
-    @property
-    def is_mergeable(self) -> bool:
-        """Whether a delta may be added to a tensor stored this way (plain float, not packed or scaled)."""
-        return bool(self.torch_name)
+    is_mergeable: bool = False
 
     def byte_count(self, element_count: int) -> int:
         """Return the bytes that `element_count` elements take, or -1 when they do not fill whole bytes."""
@@ -41,23 +38,23 @@ DTYPES: Final = {
         StorageDtype("F4", 4),
         StorageDtype("F6_E2M3", 6),
         StorageDtype("F6_E3M2", 6),
-        StorageDtype("U8", 8),
-        StorageDtype("I8", 8),
+        StorageDtype("U8", 8, "uint8"),
+        StorageDtype("I8", 8, "int8"),
         StorageDtype("F8_E5M2", 8),
         StorageDtype("F8_E4M3", 8),
         StorageDtype("F8_E8M0", 8),
         StorageDtype("F8_E4M3FNUZ", 8),
         StorageDtype("F8_E5M2FNUZ", 8),
-        StorageDtype("I16", 16),
+        StorageDtype("I16", 16, "int16"),
         StorageDtype("U16", 16),
-        StorageDtype("F16", 16, "float16"),
-        StorageDtype("BF16", 16, "bfloat16"),
-        StorageDtype("I32", 32),
+        StorageDtype("F16", 16, "float16", is_mergeable=True),
+        StorageDtype("BF16", 16, "bfloat16", is_mergeable=True),
+        StorageDtype("I32", 32, "int32"),
         StorageDtype("U32", 32),
-        StorageDtype("F32", 32, "float32"),
+        StorageDtype("F32", 32, "float32", is_mergeable=True),
         StorageDtype("C64", 64),
-        StorageDtype("F64", 64, "float64"),
-        StorageDtype("I64", 64),
+        StorageDtype("F64", 64, "float64", is_mergeable=True),
+        StorageDtype("I64", 64, "int64"),
         StorageDtype("U64", 64),
     )
 }

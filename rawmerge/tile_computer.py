@@ -27,7 +27,7 @@ from rawmerge.tiles import BLOCK_ELEMENTS, tile_rows
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """Return the torch dtype of a mergeable storage dtype code."""
+    """Return the torch dtype of a storage dtype code that tensors are read in: plain floats and integers."""
     dtype = getattr(torch, DTYPES[code].torch_name)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -67,6 +67,7 @@ class AdapterConfig:
         base_model_class: class of the trained model, or empty; PEFT states it where there is no task type.
         target_modules: modules that were to have pairs: a regular expression, or names as for `matches_target`.
         exclude_modules: modules that were not, in the same two ways.
+        transforms_some_layers: whether only some layers were to have them.
     """
 
     rank: int
@@ -90,6 +91,7 @@ class AdapterConfig:
     base_model_class: str = ""
     target_modules: str | tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
+    transforms_some_layers: bool = False
     kind: str = LORA
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -201,6 +203,7 @@ def _parse_kind(fields: Mapping[str, Any], kind: KindFields) -> AdapterConfig:
         rank_pattern=fields.get("rank_pattern") or {} if "rank_pattern" in has_patterns else {},
         alpha_pattern=fields.get("alpha_pattern") or {} if "alpha_pattern" in has_patterns else {},
         token_indices=_token_indices(fields.get(kind.token_indices) or {}),
+        transforms_some_layers=fields.get("layers_to_transform") is not None,
     )
 
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from typing import Final
 
+from rawmerge.methods.fourierft import FourierftKind
 from rawmerge.methods.ia3 import Ia3Kind
 from rawmerge.methods.interface import AdapterKind, Method
 from rawmerge.methods.loha import LohaKind
 from rawmerge.methods.lora_kind import LoraKind
 from rawmerge.methods.osf import OsfKind
+from rawmerge.methods.pvera import PveraKind
+from rawmerge.methods.randlora import RandloraKind
+from rawmerge.methods.vblora import VbloraKind
+from rawmerge.methods.vera import VeraKind
+from rawmerge.methods.waveft import WaveftKind
 
 _KINDS: Final[tuple[AdapterKind, ...]] = (
     LoraKind(),
+    FourierftKind(),
     Ia3Kind(),
     LohaKind(),
     OsfKind(),
+    PveraKind(),
+    RandloraKind(),
+    VbloraKind(),
+    VeraKind(),
+    WaveftKind(),
 )
 
 #: Every kind that can be merged, by `peft_type`.
