@@ -87,11 +87,13 @@ def resolve_base(spec: str | os.PathLike[str]) -> ResolvedSource:
 
 
 def resolve_adapter(spec: str | os.PathLike[str]) -> ResolvedSource:
-    """Return the adapter's local files; of a repo, the config, the safetensors file and the tokenizer are fetched.
+    """Return the adapter's local files; of a repo, the config, the tensor file and the tokenizer are fetched.
+
+    A pickle is fetched where there is no safetensors file beside it. Of a repo that is one file, that is fetched.
 
     Raises:
         MissingFileError: a local path does not exist.
-        HubError: the repo cannot be fetched, or holds no safetensors adapter.
+        HubError: the repo cannot be fetched, or holds no adapter.
     """
     return _resolve(spec, _fetch_adapter)
 
@@ -102,10 +104,11 @@ def resolve_either(spec: str | os.PathLike[str]) -> ResolvedSource:
     Raises:
         RefusedError: as `resolve_base` and `resolve_adapter`.
     """
-    return _resolve(
-        spec,
-        lambda repo: (_fetch_adapter if adapter_config.CONFIG_NAME in repo.byte_counts else _fetch_base)(repo),
-    )
+    return _resolve(spec, lambda repo: (_fetch_adapter if _is_adapter(repo) else _fetch_base)(repo))
+
+
+def _is_adapter(repo: _Repo) -> bool:
+    return adapter_config.CONFIG_NAME in repo.byte_counts or bool(_bare_adapter(repo))
 
 
 def _resolve(spec: str | os.PathLike[str], fetch: Callable[[_Repo], Path]) -> ResolvedSource:
@@ -169,16 +172,23 @@ def _list_cache(repo_id: str, revision: str) -> tuple[str, dict[str, int | None]
 
 
 def _fetch_adapter(repo: _Repo) -> Path:
-    needed = (adapter_config.CONFIG_NAME, adapter.WEIGHTS_NAME)
-    hint = "name the repo of a PEFT adapter"
-    if adapter.PICKLE_NAME in repo.byte_counts:
-        hint = f"{adapter.PICKLE_NAME} is a pickle, which is not read; save it with safe_serialization=True"
-    _require(repo, needed, hint)
-    root = _record_revision(repo, needed[0])
+    if bare := _bare_adapter(repo):
+        return _record_revision(repo, bare) / bare
+    known = (adapter.WEIGHTS_NAME, adapter.PICKLE_NAME, adapter.MLX_NAME)
+    weights = next((name for name in known if name in repo.byte_counts), adapter.WEIGHTS_NAME)
+    _require(repo, (adapter_config.CONFIG_NAME, weights), "name the repo of a PEFT adapter")
+    root = _record_revision(repo, adapter_config.CONFIG_NAME)
     # a plan says where the adapter's tokenizer differs from the base's
-    for name in (*filter(is_of_tokenizer, repo.byte_counts), needed[1]):
+    for name in (*filter(is_of_tokenizer, repo.byte_counts), weights):
         _download(repo, name)
     return root
+
+
+def _bare_adapter(repo: _Repo) -> str:
+    """Return the one safetensors file of a repo without any config, as kohya's scripts make them; else nothing."""
+    names = [name for name in repo.byte_counts if name.endswith(SHARD_SUFFIX)]
+    is_other = {adapter_config.CONFIG_NAME, config_text.CONFIG_NAME, SINGLE_NAME, INDEX_NAME} & repo.byte_counts.keys()
+    return names[0] if len(names) == 1 and "/" not in names[0] and not is_other else ""
 
 
 def _fetch_base(repo: _Repo) -> Path:

@@ -21,7 +21,7 @@ from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.errors import MissingFileError, PlanError, Problem, quote
 from rawmerge.formats.adapter_config import AdapterConfig
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
-from rawmerge.tensor_source import OpenFiles, ShardFile, TensorSource, read_small_file
+from rawmerge.tensor_source import OpenFiles, TensorFile, TensorSource, read_small_file
 
 RECORD_NAME: Final = "rawmerge.json"
 #: The account of an adapter on each expert of a large model takes some 20 MB.
@@ -153,7 +153,7 @@ def merged_adapters(record: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(digest for digest in digests if isinstance(digest, str))
 
 
-def already_merged(root: Path, weights: ShardFile) -> Problem | None:
+def already_merged(root: Path, weights: TensorFile) -> Problem | None:
     """Return a reason to refuse where the base's record says that it holds this adapter; else the file is not read.
 
     Args:
@@ -254,7 +254,7 @@ def _tables(value: object) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _sha256(file: ShardFile) -> str:
+def _sha256(file: TensorFile) -> str:
     digest = hashlib.sha256()
     with OpenFiles() as files:
         for chunk in files.chunks(TensorSource(str(file.path), 0, file.size, "U8", (file.size,))):

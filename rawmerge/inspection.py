@@ -9,11 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from rawmerge.adapter import WEIGHTS_NAME, Adapter, read_adapter
+from rawmerge.adapter import Adapter, is_adapter, read_adapter
 from rawmerge.base_checkpoint import read_base
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import Problem, RefusedError
-from rawmerge.formats.adapter_config import CONFIG_NAME
 from rawmerge.formats.adapter_names import parse_adapter_names
 from rawmerge.matching.matcher import foreign_problem, grammar_of
 from rawmerge.methods import ADAPTER_KINDS
@@ -46,10 +45,7 @@ def inspect_root(root: Path) -> Inspection:
     Raises:
         RefusedError: neither a base nor an adapter can be read there.
     """
-    folder = root if root.is_dir() else root.parent
-    if (folder / CONFIG_NAME).exists() and (root.is_dir() or root.name == WEIGHTS_NAME):
-        return _inspect_adapter(root)
-    return _inspect_base(root)
+    return _inspect_adapter(root) if is_adapter(root) else _inspect_base(root)
 
 
 def _inspect_adapter(root: Path) -> Inspection:
@@ -61,7 +57,7 @@ def _inspect_adapter(root: Path) -> Inspection:
     names = parse_adapter_names(adapter.tensors, grammar_of(kind))
     own = {name.module_path for name in names if name.role not in _NOT_OWN and name.module_path}
     facts: dict[str, str | int | float | list[str]] = {
-        "type": " with ".join([adapter.config.kind, *kind.variants(_settings(adapter))]),
+        "type": " with ".join(filter(None, [adapter.config.kind, ", ".join(kind.variants(_settings(adapter)))])),
         "merges as": f"{kind.title}: {kind.formula}",
         "on": kind.modules,
         "bits": kind.bits,

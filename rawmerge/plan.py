@@ -41,7 +41,7 @@ from rawmerge.side_files import (
     loses_template,
     override_side_files,
 )
-from rawmerge.tensor_source import ShardFile, TensorSource
+from rawmerge.tensor_source import TensorFile, TensorSource
 
 
 def make_plan(
@@ -274,8 +274,8 @@ def _place(steps: Iterable[Step]) -> Iterator[Step]:
         position = end
 
 
-def _input_file(shard: ShardFile) -> InputFile:
-    return InputFile(str(shard.path), shard.path.name, shard.size, shard.header.digest)
+def _input_file(shard: TensorFile) -> InputFile:
+    return InputFile(str(shard.path), shard.path.name, shard.size, shard.digest)
 
 
 def _sha256(text: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from operator import eq
 from pathlib import Path
 
+from rawmerge.adapter import read_weights
 from rawmerge.engine import Engine, default_threads
 from rawmerge.errors import (
     InputChangedError,
@@ -162,12 +163,16 @@ def _write(
 
 def _check_inputs(plan: MergePlan) -> None:
     """Refuse inputs that are no longer what the plan was made from."""
-    for file in (*plan.base_files, *plan.adapter_files):
+    readers = [
+        *((file, read_shard_file) for file in plan.base_files),
+        *((file, read_weights) for file in plan.adapter_files),
+    ]
+    for file, read in readers:
         try:
-            shard = read_shard_file(Path(file.path))
+            found = read(Path(file.path))
         except RefusedError as error:
             raise InputChangedError(str(error)) from error
-        if (shard.size, shard.header.digest) != (file.byte_count, file.header_sha256):
+        if (found.size, found.digest) != (file.byte_count, file.header_sha256):
             raise InputChangedError(
                 f"{quote(file.path)}: expected the file that the plan was made from, found another; plan again"
             )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol
 
 from rawmerge.errors import InputChangedError, MissingFileError, Problem, quote
 from rawmerge.formats.shard_header import (
@@ -21,6 +22,7 @@ from rawmerge.formats.shard_header import (
     parse_header_length,
     parse_shard_header,
 )
+from rawmerge.formats.tensor_archive import TensorArchive, read_tensor_archive
 
 #: One system call's worth of bytes: large enough to be fast, small enough to stay in the processor's cache.
 CHUNK_BYTES: Final = 4 * 2**20
@@ -51,6 +53,25 @@ class TensorSource:
         return TensorSource(self.path, self.offset + first * row_bytes, count * row_bytes, self.dtype, shape)
 
 
+class TensorFile(Protocol):
+    """A file of tensors, of whatever format."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its header: names, dtypes, shapes and places of all tensors."""
+
+    def sources(self) -> Iterable[tuple[str, TensorSource]]:
+        """Yield (tensor name, where it lies)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardFile:
     """One safetensors file and its checked header.
@@ -65,12 +86,42 @@ class ShardFile:
     size: int
     header: ShardHeader
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the header text."""
+        return self.header.digest
+
     def sources(self) -> Iterable[tuple[str, TensorSource]]:
         """Yield (tensor name, where it lies) in file order."""
         start = self.header.data_start
         for entry in self.header.entries:
             source = TensorSource(str(self.path), start + entry.start, entry.byte_count, entry.dtype, entry.shape)
             yield entry.name, source
+
+
+@dataclass(frozen=True, slots=True)
+class PickleFile:
+    """One file of `torch.save` and what its pickle lists, of which nothing was run.
+
+    Attributes:
+        path: the file.
+        size: its length in bytes.
+        archive: what it holds.
+    """
+
+    path: Path
+    size: int
+    archive: TensorArchive
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of names, dtypes, shapes and places of all tensors."""
+        return self.archive.digest
+
+    def sources(self) -> Iterable[tuple[str, TensorSource]]:
+        """Yield (tensor name, where it lies) in the order of the pickle."""
+        for at in self.archive.tensors:
+            yield at.name, TensorSource(str(self.path), at.offset, at.byte_count, at.dtype, at.shape)
 
 
 def read_small_file(path: Path, limit: int = 16 * 2**20) -> bytes:
@@ -98,22 +149,43 @@ def read_shard_file(path: Path) -> ShardFile:
         MissingFileError: it cannot be opened, or is no regular file.
         ShardFormatError: its header breaks the format.
     """
+    with _regular_file(path, "a readable safetensors file") as (descriptor, size):
+        prefix = os.pread(descriptor, LENGTH_PREFIX.size, 0)
+        length = parse_header_length(prefix, size, str(path))
+        raw = os.pread(descriptor, length, LENGTH_PREFIX.size)
+        data_bytes = size - LENGTH_PREFIX.size - length
+        return ShardFile(path, size, parse_shard_header(raw, data_bytes, str(path)))
+
+
+def read_pickle_file(path: Path) -> PickleFile:
+    """Return what a file of `torch.save` lists; no tensor is read, and nothing is run.
+
+    Raises:
+        MissingFileError: it cannot be opened, or is no regular file.
+        AdapterError: it holds, or asks for, anything but tensors stored as they are; or it is damaged.
+    """
+    with (
+        _regular_file(path, "a readable file of torch.save") as (descriptor, size),
+        os.fdopen(descriptor, "rb", closefd=False) as file,
+    ):
+        return PickleFile(path, size, read_tensor_archive(file, size, str(path)))
+
+
+@contextmanager
+def _regular_file(path: Path, expected: str) -> Iterator[tuple[int, int]]:
+    """Open a file to read; give its descriptor and its size in bytes."""
     try:
         # O_NONBLOCK: opening a named pipe must be refused below, not wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         found = error.strerror or str(error)
         hint = "the checkpoint is incomplete; fetch it again" if isinstance(error, FileNotFoundError) else ""
-        raise MissingFileError(Problem(str(path), "a readable safetensors file", found, hint)) from error
+        raise MissingFileError(Problem(str(path), expected, found, hint)) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise MissingFileError(Problem(str(path), "a regular file", "something else"))
-        prefix = os.pread(descriptor, LENGTH_PREFIX.size, 0)
-        length = parse_header_length(prefix, status.st_size, str(path))
-        raw = os.pread(descriptor, length, LENGTH_PREFIX.size)
-        data_bytes = status.st_size - LENGTH_PREFIX.size - length
-        return ShardFile(path, status.st_size, parse_shard_header(raw, data_bytes, str(path)))
+        yield descriptor, status.st_size
     finally:
         os.close(descriptor)
 

@@ -168,6 +168,24 @@ def test_single_file_base_and_adapter_fetch_their_files_only(run: Runner) -> Non
     assert not run.hub.take_requests()
 
 
+def test_adapters_of_other_formats_fetch_their_files_only(run: Runner) -> None:
+    pickled = {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"}
+    mlx = {"adapter_config.json": b"{ }", "adapters.safetensors": b"mlx"}
+    run.hub.commit("org/pickle", {**pickled, "optimizer.pt": b"", "pytorch_model.bin": b"large"})
+    run.hub.commit("org/mlx", {**mlx, "0000100_adapters.safetensors": b"earlier"})
+    run.hub.commit("org/kohya", {"style.safetensors": b"kohya", "README.md": b"", "style.png": b"picture"})
+    calls = [("adapter", "org/pickle"), ("adapter", "org/mlx")]
+    online = run(*calls)
+    assert [outcome["files"] for outcome in online] == [sorted(pickled), sorted(mlx)]
+    (kohya, either) = run(("adapter", "org/kohya"), ("either", "org/kohya"))
+    assert Path(kohya["path"]).name == "style.safetensors"
+    assert Path(kohya["path"]).read_bytes() == b"kohya"
+    assert either == kohya
+    run.hub.take_requests()
+    assert run(*calls, HF_HUB_OFFLINE="1") == online
+    assert not run.hub.take_requests()
+
+
 def test_revision_pins_one_commit(run: Runner) -> None:
     old = run.hub.commit("org/base", {"model.safetensors": b"old", "config.json": CONFIG}, "v1")
     pull = run.hub.commit("org/base", {"model.safetensors": b"pull", "config.json": CONFIG}, "refs/pr/1")
@@ -200,7 +218,7 @@ REFUSED = {
     "org/a--b": ("base", "HubError", "HFValidationError", ["does not allow"]),
     "org/gguf": ("base", "HubError", "NoneType", ["model.safetensors in commit", "'model.gguf'"]),
     "org/lora": ("base", "HubError", "NoneType", ["this is an adapter"]),
-    "org/pickle": ("adapter", "HubError", "NoneType", ["adapter_model.safetensors in", "is a pickle"]),
+    "org/empty": ("adapter", "HubError", "NoneType", ["adapter_model.safetensors in", "repo of a PEFT adapter"]),
     "org/base": ("adapter", "HubError", "NoneType", ["adapter_config.json", "repo of a PEFT adapter"]),
     "org/escape": ("base", "CheckpointError", "NoneType", ["plain", "../../secret.safetensors"]),
     "org/absolute": ("base", "CheckpointError", "NoneType", ["plain", "/etc/x.safetensors"]),
@@ -214,7 +232,7 @@ def test_refusals_name_the_repo_the_finding_and_a_way_out(run: Runner) -> None:
     run.hub.commit("org/base", {"model.safetensors": b""})
     run.hub.commit("org/gguf", {"model.gguf": b""})
     run.hub.commit("org/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
-    run.hub.commit("org/pickle", {"adapter_config.json": b"{}", "adapter_model.bin": b""})
+    run.hub.commit("org/empty", {"adapter_config.json": b"{}", "pytorch_model.bin": b""})
     run.hub.commit("org/escape", {INDEX: index_of("../../secret.safetensors"), "config.json": CONFIG})
     run.hub.commit("org/absolute", {INDEX: index_of("/etc/x.safetensors"), "config.json": CONFIG})
     run.hub.commit("org/garbage", {INDEX: b"<html>", "config.json": CONFIG})

@@ -55,6 +55,8 @@ _VARIANTS: Final = {
     "lora_monteclora_sampler": "a MonteCLoRA sampler",
     "_flat_param": "a flat parameter of FSDP, whose shards were not gathered",
 }
+#: What stands between an nn.MultiheadAttention that is targeted and the pair on its output projection.
+_INNER: Final = ["base_layer", "out_proj"]
 _MISNAMED: Final = "a LoRA tensor with a name PEFT does not save"
 #: How the tensors of PEFT's other kinds begin; longer than PEFT's own prefix where that is a common word.
 _OTHER_KINDS: Final = re.compile(
@@ -81,6 +83,7 @@ class AdapterTensorName:
             `target_parameters` on one module, the first parameter innermost.
         adapter_name: the adapter's own name, where it was left in; else empty.
         wrappers: segments taken out that are neither the model's nor PEFT's: first `module`, then in file order.
+        is_inner: whether the module lies inside one that is itself targeted: the out_proj of an nn.MultiheadAttention.
     """
 
     text: str
@@ -90,6 +93,7 @@ class AdapterTensorName:
     depth: int = 0
     adapter_name: str = ""
     wrappers: tuple[str, ...] = ()
+    is_inner: bool = False
 
     @property
     def target(self) -> str:
@@ -103,6 +107,7 @@ class _Reading(NamedTuple):
     parameter: str
     depth: int = 0
     adapter_name: str = ""
+    is_inner: bool = False
 
 
 def parse_adapter_name(
@@ -122,8 +127,8 @@ def parse_adapter_name(
     """
     wrappers, segments = _unwrap(text)
     reading = _read(segments, known_names, grammar) or _Reading("foreign", segments, "")
-    role, module, parameter, depth, adapter_name = reading
-    return AdapterTensorName(text, role, ".".join(module), parameter, depth, adapter_name, wrappers)
+    role, module, parameter, depth, adapter_name, is_inner = reading
+    return AdapterTensorName(text, role, ".".join(module), parameter, depth, adapter_name, wrappers, is_inner)
 
 
 def parse_adapter_names(texts: Iterable[str], grammar: Grammar = PLAIN_LORA) -> list[AdapterTensorName]:
@@ -198,13 +203,13 @@ def _read(segments: list[str], known_names: frozenset[str], grammar: Grammar) ->
 def _read_own(segments: list[str], grammar: Grammar) -> _Reading | None:
     """Read a name of the kind's own grammar, the adapter's name left in or not."""
     found = read_own(segments, grammar)
-    if found is None or any(map(_is_of_peft, found.module)):
+    if found is None or (not grammar.is_foreign and any(map(_is_of_peft, found.module))):
         return None
     return _Reading(found.role, found.module, found.parameter, 0, found.adapter_name)
 
 
 def _read_part(segments: list[str]) -> _Reading | None:
-    """Read `<module>[.base_layer…].<part>[.<adapter's name>][.weight]`."""
+    """Read `<module>[.base_layer…].<part>[.<adapter's name>][.weight]`; `<module>` may be `<module>.base_layer.out_proj`."""
     place = max(index for index, segment in enumerate(segments) if segment in PARTS)
     module, part, tail = segments[:place], segments[place], segments[place + 1 :]
     ending = tail.pop() if tail and tail[-1] in {"weight", "bias"} else ""
@@ -218,10 +223,13 @@ def _read_part(segments: list[str]) -> _Reading | None:
         module = module[: len(module) - depth]
     else:
         return None
+    is_inner = role in _LORA_ROLES and not depth and module[-2:] == _INNER
+    if is_inner:
+        module = [*module[:-2], module[-1]]
     # a path that still holds a segment of PEFT's own is no path of the trained model
     if not (is_name and module) or set(module) & (_CONTAINERS.keys() | PARTS.keys()):
         return None
-    return _Reading(role, module, parameter, depth, tail[0] if tail else "")
+    return _Reading(role, module, parameter, depth, tail[0] if tail else "", is_inner)
 
 
 def _read_copy(segments: list[str], known_names: frozenset[str]) -> _Reading | None:

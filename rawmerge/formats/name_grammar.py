@@ -15,7 +15,7 @@ class Grammar:
         parts: what stands behind a module's path, to the tensor's role; `*` is a number, and stands in the role for it.
         shared: the same for tensors of the whole adapter, behind `base_model` alone.
         has_pairs: whether LoRA's own pairs are part of it.
-        is_foreign: whether the names are not PEFT's: then nothing else is followed, and PEFT's own segments mean nothing.
+        is_foreign: whether the names are not PEFT's: then nothing else is followed, and PEFT's segments mean nothing.
     """
 
     parts: Mapping[str, str] = field(default_factory=dict)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rawmerge.adapter import Adapter
 from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.errors import AdapterError, PlanError, Problem, UnsupportedAdapterError, quote
+from rawmerge.formats.adapter_fields import LORA
 from rawmerge.formats.adapter_names import (
     PAIR_ROLES,
     AdapterTensorName,
@@ -16,9 +17,12 @@ from rawmerge.formats.adapter_names import (
     find_duplicates,
     parse_adapter_names,
 )
+from rawmerge.formats.name_grammar import Grammar
 from rawmerge.matching.disk_names import DiskNames
+from rawmerge.matching.embedding_names import INPUT_EMBEDDINGS, module_of
+from rawmerge.matching.flat_names import unflatten
 from rawmerge.matching.ledger import Addition, Ledger
-from rawmerge.matching.lora_matching import LoraMatcher
+from rawmerge.matching.module_matching import ModuleMatcher
 from rawmerge.matching.naming import NameResolver
 from rawmerge.matching.row_matching import RowMatcher
 from rawmerge.matching.stored_matching import StoredMatcher
@@ -28,6 +32,8 @@ from rawmerge.matching.untouched import absent_note, untouched_note
 from rawmerge.matching.vocabulary import check_vocabulary
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import AdapterUse, Update
+from rawmerge.methods import ADAPTER_KINDS
+from rawmerge.methods.interface import AdapterKind
 from rawmerge.tensor_source import TensorSource
 
 _STORED = frozenset({"stored", "stored_base", "saved_copy", "original_copy"})
@@ -60,6 +66,11 @@ class Matches:
     notes: tuple[str, ...]
 
 
+def grammar_of(kind: AdapterKind) -> Grammar:
+    """Return how a kind names its tensors."""
+    return Grammar(kind.parts, kind.shared, has_pairs=kind.peft_type == LORA, is_foreign=kind.is_foreign)
+
+
 def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions) -> Matches:
     """Return where each adapter tensor goes.
 
@@ -67,9 +78,14 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions)
         PlanError, AdapterError, UnsupportedAdapterError: with every tensor that finds no place, or does not fit.
     """
     ledger = Ledger(base, adapter)
-    names = parse_adapter_names(adapter.tensors)
+    kind = ADAPTER_KINDS[adapter.config.kind]
+    names = parse_adapter_names(adapter.tensors, grammar_of(kind))
     _check_names(ledger, names)
+    ledger.notes.extend(adapter.notes)
     disk_names = DiskNames(base, adapter.config.base_model_class)
+    if kind.has_flat_names:
+        names = unflatten(ledger, names, disk_names)
+    names = [_on_embedding(name, kind) for name in names]
     resolver, unmatched = NameResolver(disk_names), Unmatched(base, disk_names)
     tie = find_tie(base.config, disk_names)
     whole = {name.module_path for name in names if name.role == "stored_base" and name.parameter == "weight"}
@@ -77,11 +93,11 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions)
     stored = StoredMatcher(ledger, resolver, unmatched, tie, options.vocab, options.force, paired)
     stored.match(name for name in names if name.role in _STORED)
     pairs = (name for name in names if name.role not in {*_STORED, "foreign", "token_rows"})
-    LoraMatcher(ledger, resolver, unmatched, tie, options.moe_lora_b_layout).match(pairs)
+    ModuleMatcher(ledger, resolver, unmatched, tie, options).match(pairs)
     RowMatcher(ledger, resolver, unmatched, tie).match(name for name in names if name.role == "token_rows")
     ledger.problems.raise_if_any()
     if note := untouched_note(disk_names, adapter.config, ledger.updates.keys()):
-        ledger.notes.append(note)
+        _settle_untouched(ledger, kind, note)
     if note := absent_note(adapter.config, {name.module_path for name in names if name.role in _STORED}):
         ledger.notes.append(note)
     check_unknown_tie(base.config, tie, ledger)
@@ -89,6 +105,17 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions)
     check_vocabulary(ledger)
     ledger.problems.raise_if_any()
     return _matches(ledger, is_untied)
+
+
+def _settle_untouched(ledger: Ledger, kind: AdapterKind, note: str) -> None:
+    """Tell of targets without tensors, or refuse where the others' numbers were drawn with them."""
+    config = ledger.adapter.config
+    if not kind.needs_all_targets(config.values) or config.transforms_some_layers:
+        ledger.notes.append(note)
+        return
+    expected = f"tensors for every module that target_modules fits: {kind.title} draws numbers for all of them together"
+    problem = Problem(str(ledger.adapter.weights.path), expected, note, "the file is incomplete; save it again")
+    ledger.problems.add(PlanError, [problem])
 
 
 def _matches(ledger: Ledger, is_untied: bool) -> Matches:
@@ -106,13 +133,21 @@ def _matches(ledger: Ledger, is_untied: bool) -> Matches:
     )
 
 
+def _on_embedding(name: AdapterTensorName, kind: AdapterKind) -> AdapterTensorName:
+    """Return the name with the role that it has on an embedding, where the module's name says that it is one."""
+    role = kind.embedding_roles.get(name.role)
+    return replace(name, role=role) if role and module_of(name.target) in INPUT_EMBEDDINGS else name
+
+
 def _check_names(ledger: Ledger, names: Iterable[AdapterTensorName]) -> None:
-    """Refuse what is not LoRA's, names that mean the same, and files of several adapters."""
+    """Refuse what is not the kind's own, names that mean the same, and files of several adapters."""
     names = list(names)
     if not names:
-        problem = Problem(str(ledger.adapter.weights.path), "tensors of a LoRA adapter", "no tensor at all")
+        expected = f"tensors of an adapter of kind {ledger.adapter.config.kind}"
+        problem = Problem(str(ledger.adapter.weights.path), expected, "no tensor at all")
         raise PlanError(problem)
-    foreign = (foreign_problem(name.text) for name in names if name.role == "foreign")
+    kind = ADAPTER_KINDS[ledger.adapter.config.kind]
+    foreign = (foreign_problem(name.text, kind) for name in names if name.role == "foreign")
     ledger.problems.add(UnsupportedAdapterError, foreign)
     twice = (
         Problem(second, "each tensor once", f"{quote(first)}, which means the same")
@@ -125,7 +160,8 @@ def _check_names(ledger: Ledger, names: Iterable[AdapterTensorName]) -> None:
         ledger.problems.add(AdapterError, [problem])
 
 
-def foreign_problem(name: str) -> Problem:
+def foreign_problem(name: str, kind: AdapterKind) -> Problem:
     """Return why a tensor of this name is not merged."""
-    expected = "a tensor of a LoRA pair, or of a module in modules_to_save"
+    own = "a tensor of a LoRA pair" if kind.peft_type == LORA else f"a tensor of {kind.title}"
+    expected = f"{own}, or of a module in modules_to_save"
     return Problem(name, expected, describe_foreign(name), "this version does not merge it")

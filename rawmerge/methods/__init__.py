@@ -7,8 +7,10 @@ from typing import Final
 from rawmerge.methods.fourierft import FourierftKind
 from rawmerge.methods.ia3 import Ia3Kind
 from rawmerge.methods.interface import AdapterKind, Method
+from rawmerge.methods.kohya import KohyaKind
 from rawmerge.methods.loha import LohaKind
 from rawmerge.methods.lora_kind import LoraKind
+from rawmerge.methods.mlx import MlxKind
 from rawmerge.methods.osf import OsfKind
 from rawmerge.methods.pvera import PveraKind
 from rawmerge.methods.randlora import RandloraKind
@@ -20,7 +22,9 @@ _KINDS: Final[tuple[AdapterKind, ...]] = (
     LoraKind(),
     FourierftKind(),
     Ia3Kind(),
+    KohyaKind(),
     LohaKind(),
+    MlxKind(),
     OsfKind(),
     PveraKind(),
     RandloraKind(),

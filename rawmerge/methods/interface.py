@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias
 from rawmerge.formats.kind_fields import KindFields
 from rawmerge.methods.target_module import MissingTensorError as MissingTensorError  # kinds take all from here
 from rawmerge.methods.target_module import Peer as Peer
-from rawmerge.methods.target_module import Shape, TargetModule
+from rawmerge.methods.target_module import Shape as Shape
+from rawmerge.methods.target_module import TargetModule as TargetModule
 from rawmerge.methods.target_module import ShapeMismatchError as ShapeMismatchError
 from rawmerge.methods.target_module import UnmergeableError as UnmergeableError
 
@@ -149,6 +150,22 @@ class Method(Protocol):
         """Return the update, its tensors (role to tensor, dtype as stored) converted once."""
 
 
+@dataclass(frozen=True, slots=True)
+class KindRow:
+    """A row of the README's table of kinds.
+
+    Attributes:
+        title: what people call it; config: what `adapter_config.json` says.
+        modules: what it changes; formula: how; bits: "equal" to PEFT's, or the tolerance and its reason.
+    """
+
+    title: str
+    config: str
+    modules: str
+    formula: str
+    bits: str
+
+
 class AdapterKind(ABC):
     """One kind of PEFT adapter: what its file holds, what its config says, and what it does to a module.
 
@@ -168,6 +185,8 @@ class AdapterKind(ABC):
         methods: what its updates are computed with, by the names that its plans use.
         is_foreign: whether its files are not PEFT's, so that no `adapter_config.json` names the kind.
         has_flat_names: whether paths of modules are flattened in its files, `_` for each dot.
+        embedding_roles: role to that of the same tensor on an embedding, where names do not tell them apart; those that
+            begin with `lora_embedding` say that the module is one.
     """
 
     peft_type: ClassVar[str]
@@ -184,6 +203,7 @@ class AdapterKind(ABC):
     methods: ClassVar[Mapping[str, Method]] = {}
     is_foreign: ClassVar[bool] = False
     has_flat_names: ClassVar[bool] = False
+    embedding_roles: ClassVar[Mapping[str, str]] = {}
 
     def delta_shape(self, shapes: Mapping[str, Shape], values: Mapping[str, Any]) -> Shape | None:  # noqa: ARG002
         """Return what the module's tensors tell of its weight's shape, (out, in) with -1 for what they do not tell.
@@ -203,6 +223,14 @@ class AdapterKind(ABC):
             UnmergeableError: this module cannot be merged faithfully, with the reason.
         """
 
+    def needs_all_targets(self, values: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Whether a module that the adapter lacks changes what the others get, as with drawn numbers that all share."""
+        return False
+
     def variants(self, values: Mapping[str, Any]) -> Iterable[str]:  # noqa: ARG002
         """Return which of the kind's variants a config asks for, as people call them."""
         return ()
+
+    def rows(self) -> Iterable[KindRow]:
+        """Return the kind's rows in the README's table; more than one for a kind with variants."""
+        yield KindRow(self.title, f"`{self.peft_type}`", self.modules, self.formula, self.bits)

@@ -1,0 +1,320 @@
+"""`adapter_model.bin`: read as torch reads it, never run, and refused where it is more than tensors."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rawmerge
+from rawmerge.adapter import read_adapter
+from rawmerge.errors import AdapterError, InputChangedError, MissingFileError
+from tests.builders import lora_pair, raw, read_all, write_adapter
+
+BIN, TWIN = "adapter_model.bin", "adapter_model.safetensors"
+
+
+def write_bin(folder: Path, state: Any, **options: Any) -> Path:
+    """Write an adapter whose tensor file is what torch.save makes of `state`."""
+    adapter = write_adapter(folder, {})
+    (adapter / TWIN).unlink()
+    torch.save(state, adapter / BIN, **options)
+    return adapter
+
+
+def rezipped(
+    path: Path, edit: Callable[[dict[str, bytes]], dict[str, bytes]], method: int = zipfile.ZIP_STORED
+) -> None:
+    """Write the archive anew with edited members."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in edit(members).items():
+            archive.writestr(name, content)
+
+
+@pytest.fixture
+def pickled(tiny: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A base, its adapter, and the adapter's pickled twin."""
+    base, adapter = tiny
+    return base, adapter, write_bin(tmp_path / "pickled", load_file(adapter / TWIN))
+
+
+def test_the_merge_has_the_bytes_of_the_safetensors_twin(pickled: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, twin = pickled
+    rawmerge.merge_adapter(base, adapter, tmp_path / "one")
+    summary = rawmerge.merge_adapter(base, twin, tmp_path / "other")
+    one, other = read_all(tmp_path / "one"), read_all(tmp_path / "other")
+    assert {name: raw(tensor) for name, tensor in other.items()} == {name: raw(tensor) for name, tensor in one.items()}
+    assert any(f"{BIN} is a pickle" in note for note in summary.notes)
+    assert not any("is a pickle" in note for note in rawmerge.plan_merge(base, adapter).notes)
+
+
+def test_planning_imports_no_torch(pickled: tuple[Path, Path, Path]) -> None:
+    base, _, twin = map(str, pickled)
+    code = f"import rawmerge, sys; rawmerge.plan_merge({base!r}, {twin!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_safetensors_file_beside_it_is_taken(pickled: tuple[Path, Path, Path]) -> None:
+    _, adapter, _ = pickled
+    (adapter / BIN).write_bytes(b"not even a pickle")
+    assert read_adapter(adapter).weights.path.name == TWIN
+    with pytest.raises(AdapterError, match="zip archive"):  # unless it is named
+        read_adapter(adapter / BIN)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool],
+)
+def test_every_tensor_lies_where_torch_finds_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    storage = torch.arange(60).to(dtype)
+    state = {
+        "plain": storage.clone().reshape(3, 4, 5),
+        "part": storage[12:24].view(3, 4),
+        "rest": storage[24:],
+        "scalar": torch.ones((), dtype=dtype),
+        "none": torch.zeros(0, 3, dtype=dtype),
+        "one column": torch.ones(4, 1, dtype=dtype).T,
+        "parameter": torch.nn.Parameter(torch.ones(2).to(dtype), requires_grad=False),
+    }
+    adapter = read_adapter(write_bin(tmp_path / "a", OrderedDict(state)))
+    expected = torch.load(adapter.weights.path, weights_only=True)
+    assert list(adapter.tensors) == list(expected)
+    content = adapter.weights.path.read_bytes()
+    for name, source in adapter.tensors.items():
+        assert source.shape == tuple(expected[name].shape)
+        assert content[source.offset : source.offset + source.byte_count] == raw(expected[name]), name
+
+
+def test_a_real_state_dict_with_metadata_and_a_tie_is_read(tmp_path: Path) -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Linear(3, 4)
+            self.two = torch.nn.Linear(3, 4)
+            self.two.weight = self.one.weight
+
+    adapter = read_adapter(write_bin(tmp_path / "a", Tied().state_dict()))
+    assert adapter.tensors["one.weight"] == adapter.tensors["two.weight"]
+    assert set(adapter.tensors) == {"one.weight", "one.bias", "two.weight", "two.bias"}
+
+
+class Payload:
+    """What a hostile pickle asks for: a call of `function` when it is unpickled."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.function = function
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("function", [os.system, os.mkdir, eval, getattr, torch.load, bytes, range, io.open_code])
+@pytest.mark.parametrize("place", ["value", "whole", "argument"])
+def test_nothing_of_a_pickle_is_called(tmp_path: Path, function: Any, place: str) -> None:
+    trace = tmp_path / "trace"
+    argument = {os.system: f"touch {trace}", eval: f"open({str(trace)!r}, 'w')"}.get(function, str(trace))
+    payload = Payload(function, argument)
+    states = {"value": {"a": torch.ones(2), "b": payload}, "whole": payload, "argument": {"a": OrderedDict(b=payload)}}
+    with pytest.raises(AdapterError, match=r"tensors alone.*nothing was run"):
+        read_adapter(write_bin(tmp_path / "a", states[place]))
+    assert not trace.exists()
+
+
+def table(body: bytes) -> bytes:
+    """Return a pickle of protocol 2 that makes a dictionary with what `body` puts in."""
+    return b"\x80\x02}" + body + b"."
+
+
+def key(name: str = "a") -> bytes:
+    return b"X" + struct.pack("<I", len(name)) + name.encode()
+
+
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
+
+
+def tensor(
+    first: bytes = b"K\0", shape: bytes = b"K\x04\x85", strides: bytes = b"K\x01\x85", storage: bytes = STORAGE
+) -> bytes:
+    rest = b"\x89ccollections\nOrderedDict\n)Rt"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + first + shape + strides + rest + b"R"
+
+
+def entry(**parts: bytes) -> bytes:
+    """Return a pickle of a table with one tensor, `a`."""
+    return table(key() + tensor(**parts) + b"s")
+
+
+ONES = b"(" + b"K\x01" * 65 + b"t"
+ELSEWHERE = STORAGE.replace(b"X\x01\0\0\x000", b"X\x0b\0\0\x00../data.pkl")
+PART = key("b") + tensor(first=b"K\x01", shape=b"K\x02\x85") + b"s"
+HOSTILE = {
+    # what is in the pickle, and a word of the refusal; each on an archive with one storage, of 4 floats
+    "no table": (b"\x80\x02K\x01.", "a table of tensors"),
+    "a nested table": (table(key("state_dict") + b"}" + key() + tensor() + b"ss"), "state_dict"),
+    "a number": (table(key() + b"K\x01s"), "a tensor"),
+    "a bare storage": (table(key() + STORAGE + b"s"), "a tensor"),
+    "a name that is a number": (table(b"K\x01" + tensor() + b"s"), "names that are text"),
+    "a name that is a tuple": (table(b"K\x01\x85" + tensor() + b"s"), "names that are text"),
+    "one name twice": (table((key() + tensor() + b"s") * 2), "each tensor once"),
+    "repeated elements": (entry(shape=b"J\0\0\0\x40\x85", strides=b"K\0\x85"), "one after another"),
+    "transposed": (entry(shape=b"K\x02K\x02\x86", strides=b"K\x01K\x02\x86"), "one after another"),
+    "longer than its storage": (entry(shape=b"K\x05\x85"), "within its storage"),
+    "past its storage": (entry(first=b"K\x01"), "within its storage"),
+    "before its storage": (entry(first=b"J\xff\xff\xff\xff"), "damaged"),
+    "a negative size": (entry(shape=b"J\xff\xff\xff\xff\x85"), "damaged"),
+    "a size that is true": (entry(shape=b"\x88\x85"), "damaged"),
+    "strides of another length": (entry(strides=b")"), "damaged"),
+    "more dimensions than any": (entry(shape=ONES, strides=ONES), "damaged"),
+    "a missing storage": (entry(storage=STORAGE.replace(b"\x000X", b"\x007X")), "found none"),
+    "a storage of another size": (entry(storage=STORAGE.replace(b"K\x04", b"K\x08")), "16 bytes"),
+    "a storage elsewhere": (entry(storage=ELSEWHERE), "found none"),
+    "an unknown storage": (entry(storage=STORAGE.replace(b"Float", b"Cool")), "torch.CoolStorage"),
+    "parts that overlap": (table(key() + tensor(shape=b"K\x03\x85") + b"s" + PART), "a part of another's"),
+    "another opcode": (b"\x80\x02I1\n.", "INT"),
+    "the extension registry": (b"\x80\x02\x82\x01.", "EXT1"),
+    "an instance": (b"\x80\x02(ios\nsystem\n.", "INST"),
+    "a new object": (table(key() + b"ccollections\nOrderedDict\n)\x81s"), "NEWOBJ"),
+    "a call of a table": (table(key() + b"})Rs"), "damaged"),
+    "a table with arguments": (table(key() + b"ccollections\nOrderedDict\n}\x85Rs"), "damaged"),
+    "state of a name": (table(key() + b"ccollections\nOrderedDict\n}bs"), "damaged"),
+    "an empty stack": (b"\x80\x02.", "damaged"),
+    "two results": (b"\x80\x02}}.", "damaged"),
+    "no end": (b"\x80\x02}", "damaged"),
+    "a memo of nothing": (b"\x80\x02h\x01.", "damaged"),
+    "no mark": (b"\x80\x02}u.", "damaged"),
+    "a long text that is not there": (b"\x80\x02X\xff\xff\xff\x7f", "damaged"),
+    "a deep nest": (b"\x80\x02" + b"}" + b"\x85" * 2_000_000 + b".", "a table of tensors"),
+    "a high stack": (b"\x80\x02" + b"}" * 100_000 + b".", "very many"),
+    "a stack of marks": (b"\x80\x02" + b"(" * 100_000 + b".", "very many"),
+    "too long": (b"\x80\x02" + b"}0" * 5_000_000 + b".", "at most"),
+    "nothing": (b"", "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_pickle_is_refused(tmp_path: Path, what: str) -> None:
+    content, word = HOSTILE[what]
+    adapter = write_bin(tmp_path / "a", {"a": torch.ones(4)})
+    rezipped(adapter / BIN, lambda members: {n: content if n.endswith("data.pkl") else c for n, c in members.items()})
+    with pytest.raises(AdapterError) as refusal:
+        read_adapter(adapter)
+    assert word in str(refusal.value)
+
+
+def test_the_pickles_above_are_hostile_for_what_they_say(tmp_path: Path) -> None:
+    content = table(key() + tensor() + b"sr\xff\xff\xff\x7f")  # and a memo far away takes no memory
+    adapter = write_bin(tmp_path / "a", {"a": torch.ones(4)})
+    rezipped(adapter / BIN, lambda members: {n: content if n.endswith("data.pkl") else c for n, c in members.items()})
+    assert torch.load(adapter / BIN, weights_only=True)["a"].tolist() == [1, 1, 1, 1]
+    assert read_adapter(adapter).tensors["a"].shape == (4,)
+
+
+def test_compressed_members_are_refused(tmp_path: Path) -> None:
+    adapter = write_bin(tmp_path / "a", {"a": torch.zeros(1_000_000)})
+    rezipped(adapter / BIN, lambda members: members, zipfile.ZIP_DEFLATED)
+    with pytest.raises(AdapterError, match="stored as they are"):
+        read_adapter(adapter)
+
+
+def refusal_of(adapter: Path) -> str:
+    try:
+        read_adapter(adapter)
+    except AdapterError as error:
+        return str(error)
+    return ""
+
+
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
+    adapter = write_bin(tmp_path / "a", {"a": torch.ones(300), "b": torch.ones(4, 4)})
+    content = (adapter / BIN).read_bytes()
+    directory = content.index(b"PK\x01\x02")
+    entry = directory + 46
+    damaged = {
+        "cut": content[:-30],
+        "cut in the middle": content[: len(content) // 2],
+        "no zip": b"\x80\x02" + content[2:],
+        "directory": content[:directory] + b"XX" + content[directory + 2 :],
+        "local header": content.replace(b"PK\x03\x04", b"PK\x03\x05").replace(b"PK\x03\x05", b"PK\x03\x04", 1),
+        "place": content[: entry - 4] + struct.pack("<I", 2**31) + content[entry:],
+        "size": content[: entry - 26] + struct.pack("<II", 2**30, 2**30) + content[entry - 18 :],
+        "empty": b"",
+    }
+    for what, bytes_ in damaged.items():
+        (adapter / BIN).write_bytes(bytes_)
+        assert refusal_of(adapter), what
+
+
+def test_other_archives_are_refused(tmp_path: Path) -> None:
+    adapter = write_bin(tmp_path / "a", {"a": torch.ones(4)})
+    original = (adapter / BIN).read_bytes()
+    for edit, word in (
+        (lambda members: {n: c for n, c in members.items() if not n.endswith("data.pkl")}, "another archive"),
+        (lambda members: {**members, "more/data.pkl": b""}, "another archive"),
+        (lambda members: {**members, "adapter_model/constants.pkl": b""}, "another archive"),
+        (lambda members: {**members, "adapter_model/byteorder": b"big"}, "another order"),
+    ):
+        (adapter / BIN).write_bytes(original)
+        rezipped(adapter / BIN, edit)
+        with pytest.raises(AdapterError, match=word):
+            read_adapter(adapter)
+
+
+def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
+    adapter = write_bin(tmp_path / "a", {"a": torch.ones(4), "b": torch.ones(4)})
+    content = bytearray((adapter / BIN).read_bytes())
+    names = [b"adapter_model/data/0", b"adapter_model/data/1"]
+    places = [content.rindex(name) - 46 + 42 for name in names]  # in the directory: where the local header is
+    content[places[1] : places[1] + 4] = content[places[0] : places[0] + 4]
+    (adapter / BIN).write_bytes(content)
+    with pytest.raises(AdapterError, match="overlap"):
+        read_adapter(adapter)
+
+
+def test_the_format_of_old_torch_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    adapter = write_bin(tmp_path / "a", {"a": torch.ones(4)}, _use_new_zipfile_serialization=False)
+    with pytest.raises(AdapterError, match="safe_serialization=True"):
+        read_adapter(adapter)
+
+
+def test_a_plain_pickle_and_a_missing_one_are_refused(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", {})
+    (adapter / TWIN).unlink()
+    with pytest.raises(MissingFileError, match=TWIN):
+        read_adapter(adapter)
+    (adapter / BIN).write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(AdapterError, match="zip archive"):
+        read_adapter(adapter)
+    (adapter / BIN).unlink()
+    os.mkfifo(adapter / BIN)
+    with pytest.raises(MissingFileError, match="regular file"):
+        read_adapter(adapter)
+
+
+def test_a_pickle_that_changes_after_the_plan_is_refused(pickled: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, _, twin = pickled
+    plan = rawmerge.plan_merge(base, twin)
+    torch.save(lora_pair("model.layers.0.q_proj", 12, 8), twin / BIN)
+    with pytest.raises(InputChangedError, match="plan again"):
+        rawmerge.run_plan(plan, tmp_path / "out")
+
+
+def test_a_plan_of_a_pickle_survives_json(pickled: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, _, twin = pickled
+    plan = rawmerge.plan_merge(base, twin)
+    assert rawmerge.parse_plan(rawmerge.format_plan(plan)) == plan
