@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +20,18 @@ def pytest_report_header() -> str:
         except PackageNotFoundError:
             found.append(f"{name} not installed")
     return ", ".join(found)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes share the tests under `-n auto`, which `scripts/test` says; 0: none but pytest's own.
+
+    Slow tests measure memory, so they run one after the other. Torch takes all cores in each process, as it does for
+    users, so more than a few processes would stand in each other's way.
+    """
+    measures = not config.option.markexpr or "slow" in config.option.markexpr.replace("not slow", "")
+    cores = os.cpu_count() or 1
+    return 0 if measures or cores == 1 else min(cores, 4)
 
 
 @pytest.fixture
