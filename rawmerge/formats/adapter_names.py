@@ -209,7 +209,7 @@ def _read_own(segments: list[str], grammar: Grammar) -> _Reading | None:
 
 
 def _read_part(segments: list[str]) -> _Reading | None:
-    """Read `<module>[.base_layer…].<part>[.<adapter's name>][.weight]`; `<module>` may be `<module>.base_layer.out_proj`."""
+    """Read `<module>[.base_layer…].<part>[.<adapter's name>][.weight]`, an attention's out_proj as a module, too."""
     place = max(index for index, segment in enumerate(segments) if segment in PARTS)
     module, part, tail = segments[:place], segments[place], segments[place + 1 :]
     ending = tail.pop() if tail and tail[-1] in {"weight", "bias"} else ""
@@ -223,7 +223,7 @@ def _read_part(segments: list[str]) -> _Reading | None:
         module = module[: len(module) - depth]
     else:
         return None
-    is_inner = role in _LORA_ROLES and not depth and module[-2:] == _INNER
+    is_inner = role in _LORA_ROLES and not depth and len(module) > 2 and module[-2:] == _INNER
     if is_inner:
         module = [*module[:-2], module[-1]]
     # a path that still holds a segment of PEFT's own is no path of the trained model

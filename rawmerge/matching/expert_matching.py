@@ -14,6 +14,7 @@ from typing import Final
 
 from rawmerge.errors import AdapterError, PlanError, Problem
 from rawmerge.formats.adapter_config import matches_target
+from rawmerge.formats.adapter_fields import lora_variants
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.module_tensors import ModuleTensors
 from rawmerge.matching.naming import NameResolver, Resolution, Target
@@ -142,6 +143,9 @@ class ExpertMatcher:
             problem = Problem(pair.names["lora_b_bias"].text, "no bias on a bare parameter", "one")
             self._ledger.problems.add(PlanError, [problem])
             return
+        if stray := self._variant_problem(pair):
+            self._ledger.problems.add(PlanError, [stray])
+            return
         if reason := self._unmatched.dtype_problem(place) or self._ledger.claim(place, pair.first):
             self._ledger.problems.add(PlanError, [reason])
             return
@@ -155,6 +159,14 @@ class ExpertMatcher:
             return
         self._update(kind, place, tensors, settings)
         self._ledger.account([name_a, name_b], "updates", place)
+
+    def _variant_problem(self, pair: ModuleTensors) -> Problem | None:
+        """Return what makes more of a pair than plain LoRA, which PEFT does not train on bare parameters."""
+        expected = "plain LoRA on a bare parameter, for PEFT trains nothing else there"
+        if variants := lora_variants(self._ledger.adapter.config.values):
+            return Problem(pair.first, expected, f"a variant by {', '.join(variants)}")
+        others = [name.text for name in pair.names.values() if name not in pair.factors]
+        return Problem(others[0], expected, "a tensor beside the pair") if others else None
 
     def _settings(
         self, kind: str, parameter: str, place: Place, tensors: Mapping[str, TensorSource]

@@ -91,8 +91,12 @@ class Ledger:
 
     def place_shape(self, place: Place) -> tuple[int, ...]:
         """Return the shape that updates of this place meet."""
-        is_known = place.name in self.overlays or place.name in self.replacements or place.name in self.additions
-        return self.shape_of(place.name) if place.is_whole and is_known else place.shape
+        is_known = place.is_whole and self.is_stored(place.name)
+        return self.shape_of(place.name) if is_known else place.shape
+
+    def is_stored(self, name: str) -> bool:
+        """Return whether the adapter stores a tensor whole."""
+        return name in self.overlays or name in self.replacements or name in self.additions
 
     def source(self, name: AdapterTensorName) -> TensorSource:
         """Return the adapter's tensor of that name."""
@@ -114,11 +118,6 @@ class Ledger:
                 return Problem(subject, expected, found, "the file holds one module under two names")
             taken.append(part)
         return None
-
-    @property
-    def accounted(self) -> set[str]:
-        """The adapter tensors of which it is known what became of them."""
-        return {use.name for use in self.uses}
 
     def update_place(self, place: Place, update: Update) -> None:
         """Record an update of everything that a place holds."""

@@ -60,7 +60,7 @@ class ModuleMatcher:
 
     def _target(self, module: ModuleTensors) -> str:
         """Return the name of the parameter that the module's tensors are about."""
-        return f"{module.module_path}.weight"
+        return f"{module.module_path}.{'in_proj_weight' if module.is_attention else 'weight'}"
 
     def delta_shape(self, module: ModuleTensors) -> Shape | None:
         """Return what the module's tensors tell of its weight's shape."""

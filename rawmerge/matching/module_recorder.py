@@ -66,6 +66,7 @@ class ModuleRecorder:
         self._config = ledger.adapter.config
         self._kind: AdapterKind = ADAPTER_KINDS[self._config.kind]
         self._is_forced = False
+        self._told: set[str] = set()
 
     def record(self, placed: list[PlacedModule], *, is_forced: bool) -> None:
         """Record what becomes of all modules, and of the tensors that they share.
@@ -110,15 +111,18 @@ class ModuleRecorder:
             base_dtype=self._base_dtype(one.place),
             bias_shape=bias.shape if bias and one.place.is_whole else None,
             is_transposed=peer.is_transposed,
-            rank=config.rank_of(path),
-            alpha=config.alpha_of(path),
-            scaling=config.scaling_of(path),
+            rank=config.rank_of(one.tensors.owner_path),
+            alpha=config.alpha_of(one.tensors.owner_path),
+            scaling=config.scaling_of(one.tensors.owner_path),
             rounds_delta=self._is_expert(one.place),
             is_embedding=one.tensors.is_embedding,
             values=config.values,
             peers=peers,
             peft_version=config.peft_version,
             is_forced=self._is_forced,
+            is_stored_whole=self._ledger.is_stored(one.place.name),
+            is_attention=one.tensors.is_attention,
+            is_inner=one.tensors.is_inner,
             order=lambda: registration_order(self._ledger.base.config, [peer.path for peer in peers]),
         )
 
@@ -190,8 +194,9 @@ class ModuleRecorder:
             planned.method, sources, planned.settings, reach=planned.reach, working_bytes=planned.working_bytes
         )
         self._ledger.update_place(place, update)
-        fresh = [name for name in own if name.text not in self._ledger.accounted]
-        self._ledger.account(fresh, "updates", place)
+        # a tensor that changes weight and bias is told of once
+        self._ledger.account([name for name in own if name.text not in self._told], "updates", place)
+        self._told.update(name.text for name in own)
 
     def _source(self, role: str, one: PlacedModule) -> TensorSource:
         if role == BASE_WEIGHT:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from rawmerge.errors import Problem
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.methods import lora
+
+#: Roles of tensors that no embedding has.
+_LINEAR_ROLES: Final = frozenset({"lora_a", "lora_b", "lora_b_bias"})
 
 
 @dataclass(slots=True)
@@ -18,11 +22,23 @@ class ModuleTensors:
         module_path: path of the module in the trained model.
         depth: how many more wrappers lie around the pair's own, on a module with several bare parameters.
         names: role to the tensor's name.
+        is_attention: whether the module is an nn.MultiheadAttention, whose weight is its in_proj_weight.
     """
 
     module_path: str
     depth: int
     names: dict[str, AdapterTensorName] = field(default_factory=dict)
+    is_attention: bool = False
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether the module is the out_proj inside an nn.MultiheadAttention that is itself targeted."""
+        return any(name.is_inner for name in self.names.values())
+
+    @property
+    def owner_path(self) -> str:
+        """Path of the module that the config's patterns are about."""
+        return self.module_path.rpartition(".")[0] if self.is_inner else self.module_path
 
     @property
     def is_embedding(self) -> bool:
@@ -42,11 +58,18 @@ class ModuleTensors:
 
 def group_by_module(names: Iterable[AdapterTensorName]) -> list[ModuleTensors]:
     """Return the modules in the order of their first tensors."""
+    names = list(names)
     modules: dict[tuple[str, int, bool], ModuleTensors] = {}
+    embeddings = {name.module_path for name in names if name.role.startswith("lora_embedding")}
     for name in names:
-        key = (name.module_path, name.depth, name.role.startswith("lora_embedding"))
+        # two pairs on one path are two modules; what else a pair has is of its own module
+        is_embedding = name.module_path in embeddings and name.role not in _LINEAR_ROLES
+        key = (name.module_path, name.depth, is_embedding)
         module = modules.setdefault(key, ModuleTensors(name.module_path, name.depth))
         module.names[name.role] = name
+    attentions = {module.owner_path for module in modules.values() if module.is_inner}
+    for module in modules.values():
+        module.is_attention = module.module_path in attentions
     return list(modules.values())
 
 

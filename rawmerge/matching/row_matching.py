@@ -1,24 +1,33 @@
 """Trained token rows: they take the place of an embedding's rows.
 
-Source: PEFT 0.21.2 `tuners/trainable_tokens/layer.py` (rows replace rows, in the order of the indices),
-`utils/other.py` `_set_trainable` (which modules the keys of the config name).
+Source: PEFT 0.21.2 `tuners/trainable_tokens/layer.py` (rows replace rows, in the order of the indices), `model.py`
+(tied modules share the rows of the one that is targeted, and are stored beside it), `utils/other.py` `_set_trainable`
+(which modules the keys of the config name).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import Final
 
+from rawmerge.comparison import same_values
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import PlanError, Problem, quote
+from rawmerge.formats.adapter_config import matches_target
+from rawmerge.formats.adapter_fields import LORA
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.matching.ledger import Ledger
-from rawmerge.matching.naming import NameResolver, Target
+from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
 from rawmerge.matching.tied_embeddings import Tie
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.merge_plan import Update
 from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError
 from rawmerge.methods.token_rows import TokenRowsMethod
+
+#: Patterns in `target_modules` that mean one path only; PEFT writes the input embedding's where none was named.
+_PLAIN_PATH: Final = re.compile(r"[A-Za-z0-9_.]+")
 
 
 class RowMatcher:
@@ -31,17 +40,48 @@ class RowMatcher:
         self._tie = tie
 
     def match(self, names: Iterable[AdapterTensorName]) -> None:
-        """Record trained token rows."""
-        for name in names:
-            resolution = self._resolver.resolve([Target(name.target, lambda place: len(place.shape) == 2)])[name.target]
-            place = resolution.place
-            if place is None and self._tie:
-                place = self._tie.place_of(self._resolver.names.family.canonical(name.target), self._ledger)
-            if place is None or not place.is_whole:
-                problem = self._unmatched.problem(name.text, name.target, resolution, "whose rows these are")
+        """Record trained token rows; those that may repeat others come last."""
+        placed = [(name, *self._place(name)) for name in names]
+        for name, resolution, place in sorted(placed, key=lambda one: one[2] is None or not self._is_targeted(one[0])):
+            if place and place.is_whole and self._is_targeted(name):
+                self._record_rows(name, place)
+            elif twin := self._twin(name):
+                reason = f"equal to the rows of {quote(twin)}, which the base ties to it"
+                self._ledger.account([name], "ignored", name.target, reason)
+            elif place and place.is_whole:
+                problem = Problem(
+                    name.text, "rows of a module in target_modules", f"those of {quote(name.module_path)}"
+                )
                 self._ledger.problems.add(PlanError, [problem])
             else:
-                self._record_rows(name, place)
+                problem = self._unmatched.problem(name.text, name.target, resolution, "whose rows these are")
+                self._ledger.problems.add(PlanError, [problem])
+
+    def _place(self, name: AdapterTensorName) -> tuple[Resolution, Place | None]:
+        resolution = self._resolver.resolve([Target(name.target, lambda place: len(place.shape) == 2)])[name.target]
+        place = resolution.place
+        if place is None and self._tie:
+            place = self._tie.place_of(self._resolver.names.family.canonical(name.target), self._ledger)
+        return resolution, place
+
+    def _is_targeted(self, name: AdapterTensorName) -> bool:
+        """Whether the config may name the module; PEFT's own kind for tokens stores rows of tied modules beside it."""
+        config = self._ledger.adapter.config
+        targets = config.target_modules
+        if config.kind == LORA or not targets:
+            return True
+        if isinstance(targets, str):
+            return not _PLAIN_PATH.fullmatch(targets) or targets == name.module_path
+        return matches_target(targets, name.module_path)
+
+    def _twin(self, name: AdapterTensorName) -> str:
+        """Return a tensor that gets these very rows, where the base ties embeddings."""
+        source = self._ledger.source(name)
+        if self._ledger.adapter.config.kind == LORA or not self._ledger.base.config.ties_embeddings:
+            return ""
+        rows = ((at, update.tensors["rows"]) for at, own in self._ledger.updates.items() for update in own)
+        alike = ((at, other) for at, other in rows if (other.shape, other.dtype) == (source.shape, source.dtype))
+        return next((at for at, other in alike if same_values(source, other, source.dtype)), "")
 
     def _record_rows(self, name: AdapterTensorName, place: Place) -> None:
         indices = self._indices(name)

@@ -14,6 +14,7 @@ from rawmerge.comparison import same_values, sample_rows_equal
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import PlanError, Problem, UnsupportedAdapterError, quote
 from rawmerge.formats.adapter_config import is_saved_module
+from rawmerge.formats.adapter_fields import changes_base
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.matching.embedding_names import EMBEDDINGS
 from rawmerge.matching.ledger import Addition, Ledger
@@ -224,6 +225,8 @@ class StoredMatcher:
         # a tied side is stored with the other, which was trained
         is_frozen = not any(module.rpartition(".")[2] in EMBEDDINGS for module in saved)
         is_frozen = is_frozen and not is_saved_module(self.ledger.adapter.config, name.module_path)
+        if name.module_path in self.paired and changes_base(self.ledger.adapter.config.values):
+            return None  # its initialisation changed it
         if not is_frozen or len(source.shape) != 2 or not DTYPES[base.dtype].is_mergeable:
             return None
         coarser = max((source.dtype, base.dtype), key=_PRECISION.index)

@@ -4,30 +4,49 @@ from __future__ import annotations
 
 from typing import Final
 
+from rawmerge.methods.beft import BeftKind
+from rawmerge.methods.c3a import C3aKind
+from rawmerge.methods.delora import DeloraKind
 from rawmerge.methods.fourierft import FourierftKind
+from rawmerge.methods.gralora import GraloraKind
 from rawmerge.methods.ia3 import Ia3Kind
 from rawmerge.methods.interface import AdapterKind, Method
 from rawmerge.methods.kohya import KohyaKind
+from rawmerge.methods.ln_tuning import LnTuningKind
 from rawmerge.methods.loha import LohaKind
 from rawmerge.methods.lora_kind import LoraKind
+from rawmerge.methods.miss import BoneKind, MissKind
 from rawmerge.methods.mlx import MlxKind
 from rawmerge.methods.osf import OsfKind
 from rawmerge.methods.pvera import PveraKind
 from rawmerge.methods.randlora import RandloraKind
+from rawmerge.methods.road import RoadKind
+from rawmerge.methods.shira import ShiraKind
+from rawmerge.methods.trainable_tokens import TrainableTokensKind
 from rawmerge.methods.vblora import VbloraKind
 from rawmerge.methods.vera import VeraKind
 from rawmerge.methods.waveft import WaveftKind
 
 _KINDS: Final[tuple[AdapterKind, ...]] = (
     LoraKind(),
+    BeftKind(),
+    BoneKind(),
+    C3aKind(),
+    DeloraKind(),
     FourierftKind(),
+    GraloraKind(),
     Ia3Kind(),
     KohyaKind(),
+    LnTuningKind(),
     LohaKind(),
+    MissKind(),
     MlxKind(),
     OsfKind(),
     PveraKind(),
     RandloraKind(),
+    RoadKind(),
+    ShiraKind(),
+    TrainableTokensKind(),
     VbloraKind(),
     VeraKind(),
     WaveftKind(),

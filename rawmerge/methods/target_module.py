@@ -82,6 +82,9 @@ class TargetModule:
         peers: all modules of the adapter, this one included, in the order of the file.
         peft_version: version of PEFT that saved the adapter, empty where that is unknown: before 0.18.
         is_forced: whether the user asked to merge in spite of doubts (`--force`).
+        is_stored_whole: whether the adapter stores the module's weight, too, so that it is no longer the base's own.
+        is_attention: whether the weight is the in_proj_weight of an nn.MultiheadAttention.
+        is_inner: whether it is the out_proj inside an nn.MultiheadAttention that is itself a module of the adapter.
         order: paths of all modules in the order in which the model registers them; None where that is unknown.
     """
 
@@ -102,6 +105,9 @@ class TargetModule:
     peers: Sequence[Peer] = ()
     peft_version: str = ""
     is_forced: bool = False
+    is_stored_whole: bool = False
+    is_attention: bool = False
+    is_inner: bool = False
     order: Callable[[], Sequence[str] | None] = lambda: None
 
     @property
