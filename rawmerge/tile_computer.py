@@ -199,7 +199,8 @@ class TensorComputer:
                 tiles=partial(self._base_tiles, tuple(earlier), update.window),
             )
             # what sees the whole tensor makes PEFT's own calls, threads included; one at a time, for its memory
-            with self._blas.whole() if update.reach == WHOLE else nullcontext():
+            is_whole = update.reach == WHOLE or any(stretch.is_low for stretch in self._matrix.stretches)
+            with self._blas.whole() if is_whole else nullcontext():
                 prepared = METHODS[update.kind].prepare(update.settings, tensors, context)
             windowed = WindowedUpdate(prepared, update.window) if update.window else prepared
             earlier.append((place, windowed))

@@ -232,7 +232,10 @@ def test_prefix_and_wrappers_are_no_part_of_the_path(text: str, module_path: str
         (f"{PREFIX}h._flat_param", "a flat parameter of FSDP, whose shards were not gathered"),
         (f"{PREFIX}wte.trainable_tokens_delta", "trained token rows of a kind of their own, not LoRA's"),
         (f"{PREFIX}wte.token_adapter.trainable_tokens_original", "a part of a token adapter that PEFT does not save"),
-        (f"{PREFIX}attn.base_layer.out_proj.lora_A.weight", NESTED),
+        (f"{PREFIX}attn.base_layer.k_proj.lora_A.weight", NESTED),
+        (f"{PREFIX}attn.base_layer.out_proj.base_layer.lora_A.weight", NESTED),
+        (f"{PREFIX}attn.base_layer.out_proj.lora_embedding_A.weight", NESTED),
+        (f"{PREFIX}base_layer.out_proj.lora_A.weight", NESTED),
         (f"{PREFIX}base_layer.lora_A.weight", NESTED),
         (f"{PREFIX}h.q.base_layer", NESTED),
         (f"{PREFIX}base_layer.weight", NESTED),
@@ -454,14 +457,15 @@ def test_peft_s_nested_pairs_have_their_depth() -> None:
 
 
 @pytest.mark.parity
-def test_peft_s_pair_inside_an_attention_is_foreign_and_its_bias_is_not() -> None:
+def test_peft_s_pair_inside_an_attention_is_told_apart() -> None:
     found = parse_adapter_names(names_from_peft(experts_model(), target_modules=["attention"], bias="lora_only"))
-    assert {(name.role, name.target) for name in found if name.role != FOREIGN} == {
-        ("lora_a", "attention.weight"),
-        ("lora_b", "attention.weight"),
-        (STORED_BASE, "attention.out_proj.bias"),
+    assert {(name.role, name.target, name.is_inner) for name in found} == {
+        ("lora_a", "attention.weight", False),
+        ("lora_b", "attention.weight", False),
+        ("lora_a", "attention.out_proj.weight", True),
+        ("lora_b", "attention.out_proj.weight", True),
+        (STORED_BASE, "attention.out_proj.bias", False),
     }
-    assert {describe_foreign(name.text) for name in found if name.role == FOREIGN} == {NESTED}
 
 
 @pytest.mark.parity

@@ -130,9 +130,7 @@ BAD_TENSORS = {
     ),
     "empty tensor": Bad(put(A, 0), PlanError, r"shape \[0\](.|\n)*ZeRO-3"),
     "no such module": Bad(rename("layers.0", "layers.7"), PlanError, r"a base tensor 'model\.layers\.7\.q_proj"),
-    "DoRA magnitude": Bad(
-        put(f"{PREFIX}{Q}.lora_magnitude_vector", 12), PlanError, r"q_proj\.lora_magnitude_vector.*that a merge of LoRA uses"
-    ),
+    "DoRA magnitude": Bad(put(f"{PREFIX}{Q}.lora_magnitude_vector", 12), PlanError, "lora_magnitude_vector.*LoRA uses"),
     "LoRA bias": Bad(
         put(f"{PREFIX}{Q}.lora_B.bias", 12), PlanError, r"'model\.layers\.0\.q_proj\.bias' that this bias"
     ),
