@@ -215,8 +215,7 @@ class ModuleRecorder:
         if base is None or not one.place.is_whole:
             target = f"{one.tensors.module_path}.{planned.parameter}"
             what = f"that this {planned.parameter} is added to"
-            problem = self._unmatched.problem(subject, target, Resolution(None), what)
-            self._ledger.problems.add(PlanError, [problem])
+            self._ledger.problems.add(PlanError, [self._unmatched.problem(subject, target, Resolution(None), what)])
             return None
         place = whole(beside, base.shape)
         if problem := self._unmatched.dtype_problem(place) or self._ledger.claim(place, subject):

@@ -81,7 +81,7 @@ def row_delta(
 
 
 def upcast(tensors: Mapping[str, torch.Tensor], context: TileContext) -> dict[str, torch.Tensor]:
-    """Return the float tensors in compute dtype, exactly upcast from their storage dtype, and all others as they are."""
+    """Return the float tensors in compute dtype, exactly upcast from their storage dtype, others as they are."""
     return {
         role: tensor.to(context.compute_dtype) if tensor.is_floating_point() else tensor
         for role, tensor in tensors.items()

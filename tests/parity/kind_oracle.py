@@ -145,7 +145,7 @@ def check_float64(
 
 
 def check_damage(case: Case, folder: Path, unneeded: Collection[str] = ()) -> None:
-    """An adapter of which any tensor is missing, of another shape, empty or unknown is refused, and the message says where.
+    """An adapter with a tensor missing, of another shape, empty or unknown is refused, and the message says where.
 
     Tensors of one module that contradict each other may each be the wrong one, so a message may name any of them.
 

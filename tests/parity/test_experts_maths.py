@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from rawmerge.merge_plan import Update, UpdateTensor, Window
-from rawmerge.methods import METHODS
 from rawmerge.methods.interface import ModuleFacts
+from rawmerge.methods.lora_bias import LoraBiasMethod
+from rawmerge.methods.token_rows import TokenRowsMethod
 from tests.builders import random_tensor, raw
 from tests.step_runs import Workbench
 
@@ -67,8 +68,8 @@ def pair_of(layer: Any) -> dict[str, torch.Tensor]:
 
 def settings_of(shape: Any, pair: dict[str, torch.Tensor], rank: int, is_transposed: bool = False) -> dict[str, Any]:
     facts = ModuleFacts(tuple(shape), rank, ALPHA / rank, is_transposed, rounds_delta=True)
-    kind = "expert_lora" if len(shape) == 3 else "lora"
-    return dict(METHODS[kind].settings({role: tuple(tensor.shape) for role, tensor in pair.items()}, facts))
+    method = ExpertLoraMethod() if len(shape) == 3 else LoraMethod()
+    return dict(method.settings({role: tuple(tensor.shape) for role, tensor in pair.items()}, facts))
 
 
 def merged_parameter(layer: Any) -> torch.Tensor:
@@ -156,7 +157,7 @@ def test_trained_tokens(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = random_tensor((5, 6), torch.float32) + 1
     layer.trainable_tokens_delta["default"].data = rows.clone()
     bench = Workbench(tmp_path)
-    settings = METHODS["token_rows"].settings({"rows": (5, 6)}, ModuleFacts((100, 6), 8, 1.0, None, False, indices))
+    settings = TokenRowsMethod().settings({"rows": (5, 6)}, ModuleFacts((100, 6), 8, 1.0, None, False, indices))
     step = bench.step(layer.base_layer.weight.data.clone(), [bench.update("token_rows", {"rows": rows}, settings)])
     layer.merge()
     for tile_elements in (1, 2**20):
@@ -174,7 +175,7 @@ def test_trained_biases(tmp_path: Path, kind: type[nn.Module], dtype: torch.dtyp
     layer.lora_B["default"].bias.data.copy_(bias)
     bench = Workbench(tmp_path)
     stored = layer.lora_B["default"].bias.data.clone()
-    settings = METHODS["lora_bias"].settings({"lora_b_bias": (700,)}, ModuleFacts((700,), 3, ALPHA / 3, None))
+    settings = LoraBiasMethod().settings({"lora_b_bias": (700,)}, ModuleFacts((700,), 3, ALPHA / 3, None))
     update = bench.update("lora_bias", {"lora_b_bias": stored}, settings)
     step = bench.step(layer.base_layer.bias.data.clone(), [update])
     layer.merge()

@@ -37,8 +37,7 @@ def test_float64_is_the_formula(tmp_path: Path) -> None:
         trained = own[f"{part}.U_low"] @ torch.diag(own[f"{part}.S_low"]) @ own[f"{part}.V_low"]
         kept = min(weight.shape) - own[f"{part}.S_low"].numel()
         # what the base has above its lowest singular values, by its eigenvectors instead of an SVD
-        vectors = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -kept:]
-        # 0 where a kept value is 0; the base's own low part is rounded to float32 once, as in training
+        vectors: torch.Tensor = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -kept:]
         return weight @ vectors @ vectors.T + trained
 
     kinds.check_float64(PLAIN, tmp_path, formula)

@@ -102,7 +102,9 @@ def test_a_lost_module_is_refused_where_projections_are_drawn(tmp_path: Path, ki
     def without(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.down_proj" not in name}
 
-    base, adapter = kinds.write_case(replace(linear(kind, save_projection=False), edit=without), tmp_path, torch.float32)
+    base, adapter = kinds.write_case(
+        replace(linear(kind, save_projection=False), edit=without), tmp_path, torch.float32
+    )
     with pytest.raises(rawmerge.RefusedError, match=r"every module that target_modules fits(.|\n)*down_proj"):
         rawmerge.plan_merge(base, adapter)
     kinds.edit_config(adapter, layers_to_transform=[0])
