@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from rawmerge.merge_plan import Update, UpdateTensor, Window
+from rawmerge.methods.expert_lora import ExpertLoraMethod
 from rawmerge.methods.interface import ModuleFacts
+from rawmerge.methods.lora import LoraMethod
 from rawmerge.methods.lora_bias import LoraBiasMethod
 from rawmerge.methods.token_rows import TokenRowsMethod
 from tests.builders import random_tensor, raw
