@@ -18,6 +18,8 @@ from rawmerge.tiles import BLOCK_ELEMENTS
 
 #: Resident memory of a process that has imported torch 2.13 for the CPU on Linux, with Python and rawmerge.
 TORCH_BYTES: Final = 225 * 10**6
+#: What torch's libraries for decompositions and Fourier transforms take on top when they are first called.
+LIBRARY_BYTES: Final = 30 * 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def forecast_memory(plan: MergePlan, threads: int) -> MemoryForecast:
     return MemoryForecast(
         torch=TORCH_BYTES if steps else 0,
         buffers=threads * buffers,
-        updates=sum(nlargest(threads, demands)),
+        updates=sum(nlargest(threads, demands)) + (LIBRARY_BYTES if any(item[1] == WHOLE for item in wide) else 0),
         whole=tuple(sorted(wide, key=lambda item: -item[2])),
     )
 

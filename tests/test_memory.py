@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import rawmerge
+from rawmerge.memory import forecast_memory
 from tests.builders import PREFIX, write_adapter, write_base
 
 pytestmark = pytest.mark.slow
@@ -93,3 +96,40 @@ def expert_peak(folder: Path, is_fused: bool, *options: str) -> int:
 def test_experts_are_computed_one_by_one(tmp_path: Path, is_fused: bool, options: tuple[str, ...]) -> None:
     imported = peak_bytes("-c", "import torch")
     assert expert_peak(tmp_path, is_fused, *options) < imported + 64 * MEBIBYTE
+
+
+def whole_tensor_case(folder: Path, kind: str) -> tuple[Path, Path]:
+    """Write three weights of 1536 x 2048, and an adapter of a kind that needs each of them whole."""
+    rows, columns, low = 1536, 2048, 300
+    names = [f"layers.{layer}.q" for layer in range(3)]
+    generator = torch.Generator().manual_seed(1)
+    weights = {f"{name}.weight": torch.randn(rows, columns, generator=generator).bfloat16() for name in names}
+    base = write_base(folder / "base", [weights])
+    parts: dict[str, tuple[int, ...]] = {"fourierft_spectrum": (1000,)}
+    fields: dict[str, object] = {"peft_type": "FOURIERFT", "n_frequency": 1000}
+    if kind == "OSF":
+        shapes = {"U_low": (rows, low), "S_low": (low,), "V_low": (low, columns)}
+        parts = {f"osf_svd_params.{part}": shape for part, shape in shapes.items()}
+        fields = {"peft_type": "OSF"}
+    tensors = {f"{PREFIX}{name}.{part}": torch.randn(shape) for name in names for part, shape in parts.items()}
+    adapter = write_adapter(folder / "adapter", tensors)
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    return base, adapter
+
+
+@pytest.mark.parametrize("kind", ["FOURIERFT", "OSF"])
+def test_the_peak_of_kinds_that_need_the_whole_tensor_is_the_predicted_one(tmp_path: Path, kind: str) -> None:
+    base, adapter = whole_tensor_case(tmp_path, kind)
+    forecast = forecast_memory(rawmerge.plan_merge(base, adapter), 2)
+    assert len(forecast.whole) == 3
+    arguments = ["merge", str(base), str(adapter), "--output", str(tmp_path / "out"), "--threads", "2"]
+    peak = peak_bytes("-m", "rawmerge", *arguments)
+    assert peak < 1.05 * forecast.peak
+    assert peak > 0.5 * forecast.peak, "the prediction is of no use"
+
+
+def test_the_peak_of_a_plain_lora_is_the_predicted_one(tmp_path: Path) -> None:
+    peak = merge_peak(tmp_path, layers=10, shard_count=2)
+    forecast = forecast_memory(rawmerge.plan_merge(tmp_path / "base", tmp_path / "adapter"), 2)
+    assert forecast.whole == ()
+    assert 0.8 * forecast.peak < peak < 1.1 * forecast.peak

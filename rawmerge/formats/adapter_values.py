@@ -55,9 +55,7 @@ def bad_kind_values(fields: Mapping[str, Any], kind: KindFields) -> Iterable[Pro
     """Yield a problem for every field of a kind's own that has a value it cannot have; null counts as unset."""
     for name, known in kind.followed.items():
         value = fields.get(name)
-        if value is None and known.is_required:
-            yield Problem(name, known.expected, _describe(fields, name))
-        elif value is not None and not known.check(value):
+        if (value is None and known.is_required) or (value is not None and not known.check(value)):
             yield Problem(name, known.expected, _describe(fields, name))
     indices = fields.get(kind.token_indices)
     if indices is not None and not _is_token_indices(indices):

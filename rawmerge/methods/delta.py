@@ -86,3 +86,9 @@ def upcast(tensors: Mapping[str, torch.Tensor], context: TileContext) -> dict[st
         role: tensor.to(context.compute_dtype) if tensor.is_floating_point() else tensor
         for role, tensor in tensors.items()
     }
+
+
+def decomposition_bytes(rows: int, columns: int) -> int:
+    """Return what a decomposition takes: weight, its copy, product and result, the factors, and LAPACK's own memory."""
+    lowest = min(rows, columns)
+    return 4 * (4 * rows * columns + lowest * (rows + columns) + 4 * lowest * lowest)

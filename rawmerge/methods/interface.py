@@ -15,8 +15,8 @@ from rawmerge.formats.kind_fields import KindFields
 from rawmerge.methods.target_module import MissingTensorError as MissingTensorError  # kinds take all from here
 from rawmerge.methods.target_module import Peer as Peer
 from rawmerge.methods.target_module import Shape as Shape
-from rawmerge.methods.target_module import TargetModule as TargetModule
 from rawmerge.methods.target_module import ShapeMismatchError as ShapeMismatchError
+from rawmerge.methods.target_module import TargetModule as TargetModule
 from rawmerge.methods.target_module import UnmergeableError as UnmergeableError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from rawmerge.methods.delta import whole_result
+from rawmerge.methods.delta import decomposition_bytes, whole_result
 from rawmerge.methods.interface import (
     WHOLE,
     PlannedUpdate,
@@ -23,7 +23,6 @@ from rawmerge.methods.interface import (
     number,
 )
 from rawmerge.methods.lora import PreparedLora
-from rawmerge.methods.pissa import decomposition_bytes
 
 if TYPE_CHECKING:
     import torch

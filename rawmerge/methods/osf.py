@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rawmerge.formats.kind_fields import Field, KindFields
-from rawmerge.methods.delta import upcast, whole_delta
+from rawmerge.methods.delta import decomposition_bytes, upcast, whole_delta
 from rawmerge.methods.interface import (
     WHOLE,
     AdapterKind,
@@ -82,5 +82,5 @@ class OsfKind(AdapterKind):
         module.expect("right", rank, columns)
         if rank > min(rows, columns):
             module.refuse("values", f"at most {min(rows, columns)} values", f"{rank}")
-        working = 4 * (3 * rows * columns + 2 * min(rows, columns) * (rows + columns))
+        working = decomposition_bytes(rows, columns)
         yield PlannedUpdate("osf", ("left", "values", "right"), reach=WHOLE, working_bytes=working)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from rawmerge.methods.delta import whole_result
+from rawmerge.methods.delta import decomposition_bytes, whole_result
 from rawmerge.methods.interface import (
     WHOLE,
     PlannedUpdate,
@@ -108,9 +108,3 @@ def _check_trained(module: TargetModule, init: str) -> None:
         raise UnmergeableError(f"a rank of at most {min(shape)}, for {init} decomposes the weight", f"{module.rank}")
     if module.scaling <= 0:
         raise UnmergeableError(f"a scaling above 0, for {init} divides by it", f"{module.scaling}")
-
-
-def decomposition_bytes(rows: int, columns: int) -> int:
-    """Return what a decomposition takes: weight, its copy, product and result, the factors, and LAPACK's own memory."""
-    lowest = min(rows, columns)
-    return 4 * (4 * rows * columns + lowest * (rows + columns) + 4 * lowest * lowest)
