@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import Final
 
+from rawmerge.methods.adalora import AdaloraKind
 from rawmerge.methods.beft import BeftKind
+from rawmerge.methods.boft import BoftKind
 from rawmerge.methods.c3a import C3aKind
 from rawmerge.methods.delora import DeloraKind
 from rawmerge.methods.fourierft import FourierftKind
 from rawmerge.methods.gralora import GraloraKind
+from rawmerge.methods.hra import HraKind
 from rawmerge.methods.ia3 import Ia3Kind
 from rawmerge.methods.interface import AdapterKind, Method
 from rawmerge.methods.kohya import KohyaKind
 from rawmerge.methods.ln_tuning import LnTuningKind
 from rawmerge.methods.loha import LohaKind
+from rawmerge.methods.lokr import LokrKind
 from rawmerge.methods.lora_kind import LoraKind
 from rawmerge.methods.miss import BoneKind, MissKind
 from rawmerge.methods.mlx import MlxKind
+from rawmerge.methods.oft import OftKind
 from rawmerge.methods.osf import OsfKind
 from rawmerge.methods.pvera import PveraKind
 from rawmerge.methods.randlora import RandloraKind
@@ -29,18 +34,23 @@ from rawmerge.methods.waveft import WaveftKind
 
 _KINDS: Final[tuple[AdapterKind, ...]] = (
     LoraKind(),
+    AdaloraKind(),
     BeftKind(),
+    BoftKind(),
     BoneKind(),
     C3aKind(),
     DeloraKind(),
     FourierftKind(),
     GraloraKind(),
+    HraKind(),
     Ia3Kind(),
     KohyaKind(),
     LnTuningKind(),
     LohaKind(),
+    LokrKind(),
     MissKind(),
     MlxKind(),
+    OftKind(),
     OsfKind(),
     PveraKind(),
     RandloraKind(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from rawmerge.formats.kind_fields import Field, KindFields
 from rawmerge.methods.delta import PreparedChange, upcast
@@ -18,12 +18,16 @@ from rawmerge.methods.interface import (
     PlannedUpdate,
     PreparedUpdate,
     Setting,
+    Shape,
     TargetModule,
     TileContext,
 )
 
 if TYPE_CHECKING:
     import torch
+
+#: Repeats (`*`, `+`, `{…}`) in a pattern: each one more multiplies the time by the path's length.
+_MAX_REPEATS: Final = 4
 
 
 class RowScaleMethod:
@@ -57,8 +61,8 @@ class ColumnScaleMethod:
         by_group = scale.reshape(groups, 1, inputs, 1)
 
         def change(tile: torch.Tensor, first: int) -> torch.Tensor:
-            group_of_row = [row * groups // outputs for row in range(first, first + len(tile))]
-            factors = by_group[0] if groups == 1 else by_group[group_of_row, 0]
+            group_of_row = [row * groups // outputs for row in range(first, first + len(tile))] if groups > 1 else [0]
+            factors = by_group[group_of_row, 0]
             return (tile.view(len(tile), inputs, -1) * factors).view(tile.shape)
 
         return PreparedChange(change)
@@ -75,47 +79,81 @@ class Ia3Kind(AdapterKind):
     fields: ClassVar[KindFields] = KindFields(
         followed={
             "feedforward_modules": Field(
-                lambda value: isinstance(value, str | list) and all(isinstance(name, str) for name in value),
-                "a pattern or a list of module names",
+                lambda value: _is_names(value) if isinstance(value, list) else _is_pattern(value),
+                f"a list of module names, or a pattern of at most {_MAX_REPEATS} repeats, none of them of a group",
             )
         },
         ignored=("init_ia3_weights",),
     )
     methods: ClassVar[Mapping[str, Method]] = {"scale_rows": RowScaleMethod(), "scale_columns": ColumnScaleMethod()}
 
+    def delta_shape(self, shapes: Mapping[str, Shape], values: Mapping[str, Any]) -> Shape | None:  # noqa: ARG002
+        """Return (out, -1) or (-1, in) of a linear layer; a convolution's vector does not tell which it is."""
+        shape = shapes.get("scale", ())
+        if len(shape) != 2 or (shape[0] == 1) == (shape[1] == 1):
+            return None
+        return (-1, shape[1]) if shape[0] == 1 else (shape[0], -1)
+
     def plan(self, module: TargetModule) -> Iterable[PlannedUpdate]:
         """Yield the weight's update, and the bias's where outputs are scaled."""
         module.need("scale")
-        if len(module.base_shape) > 2:
-            yield from self._plan_convolution(module)
-            return
-        outputs, inputs = module.matrix_shape
-        is_feedforward = module.shapes["scale"] == (1, inputs)
-        if not is_feedforward:
-            module.expect("scale", outputs, 1)
+        if len(module.base_shape) < 2:
+            module.refuse("scale", "a weight of two dimensions or more", f"{list(module.base_shape)}")
+        is_convolution = len(module.base_shape) > 2
+        is_feedforward = self._check_convolution(module) if is_convolution else self._check_linear(module)
         is_by_column = is_feedforward != module.needs_transpose
         yield PlannedUpdate("scale_columns" if is_by_column else "scale_rows", ("scale",))
-        if not is_feedforward and module.bias_shape is not None:
-            yield PlannedUpdate("scale_rows", ("scale",), parameter="bias")
-
-    def _plan_convolution(self, module: TargetModule) -> Iterable[PlannedUpdate]:
-        is_feedforward = _is_feedforward(module.values["feedforward_modules"], module.path)
-        kernel = [1] * (len(module.base_shape) - 2)
-        if not is_feedforward:
-            module.expect("scale", 1, module.base_shape[0], *kernel)
-            yield PlannedUpdate("scale_rows", ("scale",))
-            if module.bias_shape is not None:
-                yield PlannedUpdate("scale_rows", ("scale",), parameter="bias")
+        if is_feedforward or module.bias_shape is None:
             return
-        module.expect("scale", 1, -1, *kernel)
+        if module.bias_shape != (module.shapes["scale"][1 if is_convolution else 0],):
+            module.refuse("scale", f"a number for each of the bias's {list(module.bias_shape)}", "another count")
+        yield PlannedUpdate("scale_rows", ("scale",), parameter="bias")
+
+    def _check_linear(self, module: TargetModule) -> bool:
+        """Return whether inputs are scaled: the shape tells it, also of a square weight."""
+        outputs, inputs = module.matrix_shape
+        stated = _stated_feedforward(module)
+        is_feedforward = module.shapes["scale"] == (1, inputs) if stated is None else stated
+        module.expect("scale", *((1, inputs) if is_feedforward else (outputs, 1)))
+        return is_feedforward
+
+    def _check_convolution(self, module: TargetModule) -> bool:
+        """Return whether inputs are scaled: the config tells it, or else the number of channels."""
+        kernel = [1] * (len(module.base_shape) - 2)
         outputs, inputs = module.base_shape[:2]
-        channels = module.shapes["scale"][1]
+        module.expect("scale", 1, -1, *kernel)
+        channels, stated = module.shapes["scale"][1], _stated_feedforward(module)
+        if stated is None and channels == outputs == inputs:
+            module.refuse("scale", "a config that states feedforward_modules, for shapes do not tell them", "none")
+        if stated is False or (stated is None and channels == outputs):
+            module.expect("scale", 1, outputs, *kernel)
+            return False
         if channels % inputs or outputs % (channels // inputs):
             module.refuse("scale", f"a number for each of {inputs} input channels, or of whole groups", f"{channels}")
-        yield PlannedUpdate("scale_columns", ("scale",))
+        return True
 
 
-def _is_feedforward(names: str | list[str] | None, path: str) -> bool:
+def _stated_feedforward(module: TargetModule) -> bool | None:
+    """Return whether the config says that the module's inputs are scaled; None where it says nothing."""
+    names = module.values["feedforward_modules"]
+    if names is None:
+        return None
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path.endswith(name) for name in names or ())
+        return re.fullmatch(names, module.path) is not None
+    return any(module.path.endswith(name) for name in names)  # dot or not, as PEFT
+
+
+def _is_names(value: list[Any]) -> bool:
+    return all(isinstance(name, str) for name in value)
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether a value is a regular expression that takes no exponential time."""
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", value)
+    return len(re.findall(r"[*+{]", plain)) <= _MAX_REPEATS and not re.search(r"\)[*+{]", plain)
