@@ -141,8 +141,3 @@ class GraloraKind(AdapterKind):
         settings = {"scaling": values["alpha"] / (rank + hybrid), "is_transposed": module.needs_transpose}
         working = 4 * (rank * (count + 1) * columns + rank * rows + hybrid * (rows + columns))
         yield PlannedUpdate("gralora", (*_BLOCKS, *(_HYBRID if hybrid else ())), settings, working_bytes=working)
-
-    def describe(self, module: TargetModule) -> Mapping[str, Any]:
-        """Return rank and scaling; the kind has one of each for all modules."""
-        values = module.values
-        return {"rank": values["r"], "scaling": values["alpha"] / (values["r"] + values["hybrid_r"])}

@@ -168,7 +168,7 @@ class WaveftKind(AdapterKind):
     parts: ClassVar[Mapping[str, str]] = {"waveft_spectrum": "spectrum"}
     fields: ClassVar[KindFields] = KindFields(
         followed={
-            "n_frequency": whole_number(1000, 1),
+            "n_frequency": whole_number(2592, 1),
             "n_frequency_pattern": FREQUENCY_PATTERN,
             "proportional_parameters": switch(False),
             "scaling": finite_number(25.0),
