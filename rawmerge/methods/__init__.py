@@ -8,8 +8,10 @@ from rawmerge.methods.adalora import AdaloraKind
 from rawmerge.methods.beft import BeftKind
 from rawmerge.methods.boft import BoftKind
 from rawmerge.methods.c3a import C3aKind
+from rawmerge.methods.deft import DeftKind
 from rawmerge.methods.delora import DeloraKind
 from rawmerge.methods.fourierft import FourierftKind
+from rawmerge.methods.glora import GloraKind
 from rawmerge.methods.gralora import GraloraKind
 from rawmerge.methods.hra import HraKind
 from rawmerge.methods.ia3 import Ia3Kind
@@ -23,10 +25,13 @@ from rawmerge.methods.miss import BoneKind, MissKind
 from rawmerge.methods.mlx import MlxKind
 from rawmerge.methods.oft import OftKind
 from rawmerge.methods.osf import OsfKind
+from rawmerge.methods.peanut import PeanutKind
+from rawmerge.methods.psoft import PsoftKind
 from rawmerge.methods.pvera import PveraKind
 from rawmerge.methods.randlora import RandloraKind
 from rawmerge.methods.road import RoadKind
 from rawmerge.methods.shira import ShiraKind
+from rawmerge.methods.supertuning import SupertuningKind
 from rawmerge.methods.trainable_tokens import TrainableTokensKind
 from rawmerge.methods.vblora import VbloraKind
 from rawmerge.methods.vera import VeraKind
@@ -39,8 +44,10 @@ _KINDS: Final[tuple[AdapterKind, ...]] = (
     BoftKind(),
     BoneKind(),
     C3aKind(),
+    DeftKind(),
     DeloraKind(),
     FourierftKind(),
+    GloraKind(),
     GraloraKind(),
     HraKind(),
     Ia3Kind(),
@@ -52,10 +59,13 @@ _KINDS: Final[tuple[AdapterKind, ...]] = (
     MlxKind(),
     OftKind(),
     OsfKind(),
+    PeanutKind(),
+    PsoftKind(),
     PveraKind(),
     RandloraKind(),
     RoadKind(),
     ShiraKind(),
+    SupertuningKind(),
     TrainableTokensKind(),
     VbloraKind(),
     VeraKind(),

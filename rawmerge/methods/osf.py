@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rawmerge.formats.kind_fields import Field, KindFields
+from rawmerge.formats.kind_fields import KindFields
 from rawmerge.methods.delta import decomposition_bytes, upcast, whole_delta
 from rawmerge.methods.interface import (
     WHOLE,
@@ -39,11 +39,13 @@ class OsfMethod:
         """Return the update; the base is decomposed whole."""
         import torch
 
-        own = upcast(tensors, context)
-        left, values, right = torch.linalg.svd(context.whole(), full_matrices=False)
+        own, weight = upcast(tensors, context), context.whole()
+        # PEFT decomposes a float64 base in float32, too
+        weight = weight if context.rounding_dtype is None else weight.to(torch.float32)
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
         high = len(values) - own["values"].numel()
         parts = (left[:, high:], values[high:], right[high:])
-        low = [part.to(context.base_dtype).to(context.compute_dtype) for part in parts]
+        low = [part.contiguous().to(context.base_dtype).to(context.compute_dtype) for part in parts]
         initial = torch.mm(low[0] * low[1], low[2])
         trained = torch.mm(own["left"] * own["values"], own["right"])
         return whole_delta(trained - initial)
@@ -62,8 +64,8 @@ class OsfKind(AdapterKind):
         "osf_svd_params.V_low": "right",
     }
     fields: ClassVar[KindFields] = KindFields(
-        followed={"rank_pattern": Field(lambda value: isinstance(value, dict), "a table from pattern to rank")},
-        ignored=("effective_rank", "init_weights"),
+        # how many singular values are kept shows in how many are stored
+        ignored=("effective_rank", "rank_pattern", "init_weights"),
     )
     methods: ClassVar[Mapping[str, Method]] = {"osf": OsfMethod()}
 
