@@ -32,7 +32,9 @@ from rawmerge.methods.randlora import RandloraKind
 from rawmerge.methods.road import RoadKind
 from rawmerge.methods.shira import ShiraKind
 from rawmerge.methods.supertuning import SupertuningKind
+from rawmerge.methods.tinylora import TinyloraKind
 from rawmerge.methods.trainable_tokens import TrainableTokensKind
+from rawmerge.methods.unilora import UniloraKind
 from rawmerge.methods.vblora import VbloraKind
 from rawmerge.methods.vera import VeraKind
 from rawmerge.methods.waveft import WaveftKind
@@ -66,7 +68,9 @@ _KINDS: Final[tuple[AdapterKind, ...]] = (
     RoadKind(),
     ShiraKind(),
     SupertuningKind(),
+    TinyloraKind(),
     TrainableTokensKind(),
+    UniloraKind(),
     VbloraKind(),
     VeraKind(),
     WaveftKind(),

@@ -17,6 +17,8 @@ REFUSED_KINDS: Final = {
     "ADAPTION_PROMPT": "it adds a gated attention prefix, and changes no weight",
     "CARTRIDGE": "it trains a cache of keys and values, and changes no weight",
     "CPT": _VIRTUAL_TOKENS,
+    "FROD": "a part of it is made anew at loading, by a joint decomposition of the base's weights of all layers, which "
+    "is not in the file and, in half precision, cannot be repeated faithfully",
     "LILY": f"it has a router: {_ROUTED}",
     "MULTITASK_PROMPT_TUNING": _VIRTUAL_TOKENS,
     "POLY": f"it mixes its parts by task: {_ROUTED}",
