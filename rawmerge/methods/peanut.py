@@ -81,7 +81,7 @@ def _activation(name: str) -> _Activation:
         "quick_gelu": lambda hidden: hidden * torch.sigmoid(1.702 * hidden),
         "relu2": lambda hidden: torch.square(functional.relu(hidden)),
     }
-    return own[name] if name in own else getattr(functional, _OF_TORCH[name])  # type: ignore[no-any-return]
+    return own[name] if name in own else getattr(functional, _OF_TORCH[name])
 
 
 class PeanutKind(AdapterKind):

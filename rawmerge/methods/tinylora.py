@@ -114,7 +114,7 @@ class TinyloraKind(AdapterKind):
 def _group_of(module: TargetModule) -> int:
     """Return which of the vectors is the module's: neighbours in the model share one."""
     count = len(module.peers)
-    groups = max(1, round(count * (1.0 - module.values["weight_tying"])))
+    groups = max(1, round(count * (1.0 - float(module.values["weight_tying"]))))
     if groups == 1:
         return 0
     return min(registered_places(module)[module.path] // max(1, count // groups), groups - 1)

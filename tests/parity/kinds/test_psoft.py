@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,7 @@ CASES = {
     "free": kinds.Case(lambda: config(psoft_orth=False, psoft_mag_b=False)),
     "rank 1": kinds.Case(lambda: config(r=1)),
     **{
-        f"series of {terms}": kinds.Case(
-            lambda terms=terms: config(use_cayley_neumann=True, num_cayley_neumann_terms=terms)
-        )
+        f"series of {terms}": kinds.Case(partial(config, use_cayley_neumann=True, num_cayley_neumann_terms=terms))
         for terms in (1, 2, 3, 5)
     },
     "short series": kinds.Case(lambda: config(use_cayley_neumann=True, cayley_neumann_eps=0.3)),
@@ -85,7 +84,8 @@ def test_float64_is_the_formula(tmp_path: Path, name: str) -> None:
         turn = turn @ torch.diag(own[f"{path}.vector_a"])
         # the scaling cancels: s * U (S / s) (R - I) V; signs of U and V cancel only in pairs, so they must be torch's
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        return weight + left[:, :4] @ torch.diag(values[:4]) @ (turn - torch.eye(4)) @ right[:4]
+        delta: torch.Tensor = left[:, :4] @ torch.diag(values[:4]) @ (turn - torch.eye(4)) @ right[:4]
+        return weight + delta
 
     kinds.check_float64(CASES[name], tmp_path, formula)
 

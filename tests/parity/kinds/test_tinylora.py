@@ -83,7 +83,8 @@ def test_float64_is_the_formula(tmp_path: Path) -> None:
         place = 4 * layer + next(place for place, target in enumerate(kinds.LLAMA_TARGETS) if target in name)
         vector = own[f"base_model.tinylora_v.{min(place // 2, 2)}"]
         inner = sum(number * matrix for number, matrix in zip(vector, own[f"{path}P"], strict=True))
-        return weight + own[f"{path}B"] @ inner @ own[f"{path}A"]
+        delta: torch.Tensor = own[f"{path}B"] @ inner @ own[f"{path}A"]
+        return weight + delta
 
     kinds.check_float64(CASES["some vectors"], tmp_path, formula)
 
