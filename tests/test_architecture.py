@@ -62,7 +62,7 @@ THIRD_PARTY = {
     "tqdm": {"cli"},
     "huggingface_hub": {"hub"},
     "safetensors": {"demo"},
-    "numpy": {"demo", "rounding", "comparison"},
+    "numpy": {"demo", "rounding", "comparison", "methods"},
     "torch": {"tile_computer", "rounding", "blas_threads", "methods", "shared_tensors", "demo"},
 }
 TORCH_AT_IMPORT = {"tile_computer", "rounding", "blas_threads"}

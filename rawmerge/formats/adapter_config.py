@@ -67,7 +67,8 @@ class AdapterConfig:
         base_model_class: class of the trained model, or empty; PEFT states it where there is no task type.
         target_modules: modules that were to have pairs: a regular expression, or names as for `matches_target`.
         exclude_modules: modules that were not, in the same two ways.
-        transforms_some_layers: whether only some layers were to have them.
+        layers_to_transform: numbers of the layers that were to have them; none for all.
+        layers_pattern: names of the lists of modules that these numbers are about; none for any.
     """
 
     rank: int
@@ -91,7 +92,8 @@ class AdapterConfig:
     base_model_class: str = ""
     target_modules: str | tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
-    transforms_some_layers: bool = False
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
     kind: str = LORA
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -203,7 +205,8 @@ def _parse_kind(fields: Mapping[str, Any], kind: KindFields) -> AdapterConfig:
         rank_pattern=fields.get("rank_pattern") or {} if "rank_pattern" in has_patterns else {},
         alpha_pattern=fields.get("alpha_pattern") or {} if "alpha_pattern" in has_patterns else {},
         token_indices=_token_indices(fields.get(kind.token_indices) or {}),
-        transforms_some_layers=fields.get("layers_to_transform") is not None,
+        layers_to_transform=_layer_numbers(fields.get("layers_to_transform")),
+        layers_pattern=_names(fields.get("layers_pattern")),
     )
 
 
@@ -236,6 +239,16 @@ def _is_set(item: tuple[str, Any], known: set[str]) -> bool:
 def _token_indices(value: Mapping[str, list[int]] | list[int]) -> Mapping[str, tuple[int, ...]]:
     tables = {"": value} if isinstance(value, list) else value
     return {module: tuple(indices) for module, indices in tables.items()}
+
+
+def _layer_numbers(value: object) -> tuple[int, ...]:
+    numbers = value if isinstance(value, list) else [value]
+    return tuple(number for number in numbers if type(number) is int)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    names = value if isinstance(value, list) else [value]
+    return tuple(name for name in names if isinstance(name, str) and name)
 
 
 def _pattern_or_names(value: str | Iterable[str]) -> str | tuple[str, ...]:

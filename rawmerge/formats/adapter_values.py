@@ -79,12 +79,12 @@ def _bad_pattern(fields: Mapping[str, Any], name: str, is_valid: Any) -> Iterabl
             re.compile(as_regex(key))  # as it will be used: flags are legal at the start only
         except (re.error, RecursionError, OverflowError) as error:
             yield Problem(f"{name}[{key[:80]!r}]", "a regular expression", str(error)[:120])
-        if _may_explode(key):
+        if may_explode(key):
             expected = f"at most {MAX_REPEATS} repeats, and none of a group: others can take for ever"
             yield Problem(f"{name}[{key[:80]!r}]", expected, "more", "list the modules one by one")
 
 
-def _may_explode(key: str) -> bool:
+def may_explode(key: str) -> bool:
     """Whether matching could take exponential time, or a high power of the path's length."""
     plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", key)
     return len(re.findall(r"[*+{]", plain)) > MAX_REPEATS or bool(re.search(r"\)[*+{]", plain))

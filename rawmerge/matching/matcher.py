@@ -96,7 +96,8 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions)
     ModuleMatcher(ledger, resolver, unmatched, tie, options).match(pairs)
     RowMatcher(ledger, resolver, unmatched, tie).match(name for name in names if name.role == "token_rows")
     ledger.problems.raise_if_any()
-    if note := untouched_note(disk_names, adapter.config, ledger.updates.keys()):
+    needs_all = kind.needs_all_targets(adapter.config.values)
+    if note := untouched_note(disk_names, adapter.config, ledger.updates.keys(), is_exact=needs_all):
         _settle_untouched(ledger, kind, note)
     if note := absent_note(adapter.config, {name.module_path for name in names if name.role in _STORED}):
         ledger.notes.append(note)
@@ -109,8 +110,7 @@ def match_adapter(base: BaseCheckpoint, adapter: Adapter, options: MergeOptions)
 
 def _settle_untouched(ledger: Ledger, kind: AdapterKind, note: str) -> None:
     """Tell of targets without tensors, or refuse where the others' numbers were drawn with them."""
-    config = ledger.adapter.config
-    if not kind.needs_all_targets(config.values) or config.transforms_some_layers:
+    if not kind.needs_all_targets(ledger.adapter.config.values):
         ledger.notes.append(note)
         return
     expected = f"tensors for every module that target_modules fits: {kind.title} draws numbers for all of them together"

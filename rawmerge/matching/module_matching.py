@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from rawmerge.dtypes import DTYPES
-from rawmerge.errors import AdapterError, PlanError, Problem
+from rawmerge.errors import AdapterError, PlanError, Problem, UnsupportedAdapterError
 from rawmerge.formats.adapter_fields import LORA
 from rawmerge.formats.adapter_names import AdapterTensorName
+from rawmerge.matching.bare_targets import UnknownTargetsError, bare_targets
 from rawmerge.matching.expert_matching import ExpertMatcher
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.module_recorder import ModuleRecorder, PlacedModule
@@ -46,6 +47,8 @@ class ModuleMatcher:
         modules = list(self._whole_modules(name for name in names if name.module_path))
         if self._config.kind == LORA:
             modules = self._experts.match(modules)
+        if self._kind.has_bare_targets(self._config.values) and not modules:
+            modules = self._bare_modules(names)
         targets = {self._target(module): module for module in modules}
         resolutions = self._resolver.resolve([Target(name, _Fit(self, module)) for name, module in targets.items()])
         placed = [
@@ -80,6 +83,18 @@ class ModuleMatcher:
                 self._ledger.problems.add(AdapterError, [problem])
             else:
                 yield module
+
+    def _bare_modules(self, shared: Iterable[AdapterTensorName]) -> list[ModuleTensors]:
+        """Return the modules that an adapter without tensors of their own targets."""
+        subject = next((name.text for name in shared if name.role not in self._kind.ignored), "")
+        if not subject:
+            return []
+        try:
+            paths = bare_targets(self._ledger.base.config, self._config, self._resolver.names)
+        except UnknownTargetsError as error:
+            self._ledger.problems.add(UnsupportedAdapterError, [error.problem(subject)])
+            return []
+        return [ModuleTensors(path, 0, subject=subject) for path in paths]
 
     def _dtype_problem(self, module: ModuleTensors) -> Problem | None:
         for name in module.names.values():

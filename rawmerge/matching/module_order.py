@@ -11,7 +11,8 @@ Source: PEFT 0.21.2 `tuners/tinylora/model.py` `_build_target_key_mapping` and `
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Final, TypeAlias
@@ -41,6 +42,35 @@ def registration_order(config: ModelConfig, paths: Sequence[str]) -> Sequence[st
     known = {path: key for path, key in keys.items() if key is not None}
     # two paths of one layer, as with and without the bare model's name, are not of one model
     return sorted(known, key=known.__getitem__) if len(set(known.values())) == len(paths) else None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownLayers:
+    """What every class of a model has, and what some have.
+
+    Attributes:
+        stack: path, in the bare model, of the one list of layers.
+        outside: paths of Linear, Conv1D and Embedding modules outside it, `*` for numbers.
+    """
+
+    stack: str
+    outside: tuple[str, ...]
+
+
+def known_layers(config: ModelConfig) -> KnownLayers | None:
+    """Return what is known of a model's layers; None where its order is not, or where it has several stacks."""
+    trees = _trees().get(config.model_type) if config.is_of_transformers else None
+    if trees is None:
+        return None
+    base, heads = (list(_leaves(tree)) for tree in trees)
+    stacks = {path.partition(".*")[0] for path in base if ".*" in path}
+    outside = [path for path in base if ".*" not in path]
+    return KnownLayers(stacks.pop(), (*outside, *heads)) if len(stacks) == 1 else None
+
+
+def _leaves(tree: _Tree) -> Iterator[str]:
+    for name, below in tree.items():
+        yield from (f"{name}.{path}" for path in _leaves(below)) if below else (name,)
 
 
 def _key(path: str, trees: Sequence[_Tree], prefixes: Iterable[str]) -> _Key | None:

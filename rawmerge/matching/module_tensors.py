@@ -23,12 +23,14 @@ class ModuleTensors:
         depth: how many more wrappers lie around the pair's own, on a module with several bare parameters.
         names: role to the tensor's name.
         is_attention: whether the module is an nn.MultiheadAttention, whose weight is its in_proj_weight.
+        subject: what to call it by where it has no tensors of its own.
     """
 
     module_path: str
     depth: int
     names: dict[str, AdapterTensorName] = field(default_factory=dict)
     is_attention: bool = False
+    subject: str = ""
 
     @property
     def is_inner(self) -> bool:
@@ -53,7 +55,7 @@ class ModuleTensors:
     @property
     def first(self) -> str:
         """The name to call them by."""
-        return next(iter(self.names.values())).text
+        return next((name.text for name in self.names.values()), self.subject)
 
 
 def group_by_module(names: Iterable[AdapterTensorName]) -> list[ModuleTensors]:

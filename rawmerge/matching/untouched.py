@@ -14,22 +14,26 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from rawmerge.errors import quote
+from rawmerge.families import base_prefixes
 from rawmerge.formats.adapter_config import TASK_HEADS, AdapterConfig, matches_target
+from rawmerge.formats.target_names import is_targeted
 from rawmerge.matching.disk_names import DiskNames
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAX_FAMILIES: Final = 8
 
 
-def untouched_note(names: DiskNames, config: AdapterConfig, changed: Collection[str]) -> str:
+def untouched_note(names: DiskNames, config: AdapterConfig, changed: Collection[str], *, is_exact: bool = False) -> str:
     """Return a note on modules that the config targets and no update changes; empty where there are none.
 
     Args:
         names: the base's tensors.
-        config: the adapter's config; a `target_modules` that is a pattern is not followed.
+        config: the adapter's config.
         changed: base tensors that the adapter updates.
+        is_exact: whether to follow what else decides: a `target_modules` that is a pattern, and `layers_to_transform`.
     """
-    missed = Counter(_NUMBER.sub("*", path) for path in _untouched(names, config, changed))
+    found = _missing(names, config, changed) if is_exact else _untouched(names, config, changed)
+    missed = Counter(_NUMBER.sub("*", path) for path in found)
     if not missed:
         return ""
     listed = [f"{quote(path)}{f' (x {count})' if count > 1 else ''}" for path, count in missed.items()]
@@ -51,6 +55,18 @@ def absent_note(config: AdapterConfig, modules: Collection[str]) -> str:
     return (
         f"modules_to_save names {', '.join(map(quote, absent))}, and the adapter stores nothing of it" if absent else ""
     )
+
+
+def _missing(names: DiskNames, config: AdapterConfig, changed: Collection[str]) -> Iterator[str]:
+    prefixes = [f"{prefix}." for prefix in base_prefixes(names.model_types)]
+    for name, source in names.tensors.items():
+        if name in changed or len(source.shape) < 2 or not name.endswith(".weight"):
+            continue
+        paths = {path.removesuffix(".weight") for path in (name, names.family.canonical(name))}
+        paths |= {f"{prefix}{path}" for prefix in prefixes for path in paths}
+        paths |= {path.removeprefix(prefix) for prefix in prefixes for path in paths}
+        if any(is_targeted(config, path) for path in paths):
+            yield name.removesuffix(".weight")
 
 
 def _untouched(names: DiskNames, config: AdapterConfig, changed: Collection[str]) -> Iterator[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from rawmerge.formats.adapter_values import MAX_REPEATS, may_explode
 from rawmerge.formats.kind_fields import Field, KindFields
 from rawmerge.methods.delta import PreparedChange, upcast
 from rawmerge.methods.interface import (
@@ -25,9 +26,6 @@ from rawmerge.methods.interface import (
 
 if TYPE_CHECKING:
     import torch
-
-#: Repeats (`*`, `+`, `{…}`) in a pattern: each one more multiplies the time by the path's length.
-_MAX_REPEATS: Final = 4
 
 
 class RowScaleMethod:
@@ -80,7 +78,7 @@ class Ia3Kind(AdapterKind):
         followed={
             "feedforward_modules": Field(
                 lambda value: _is_names(value) if isinstance(value, list) else _is_pattern(value),
-                f"a list of module names, or a pattern of at most {_MAX_REPEATS} repeats, none of them of a group",
+                f"a list of module names, or a pattern of at most {MAX_REPEATS} repeats, none of them of a group",
             )
         },
         ignored=("init_ia3_weights",),
@@ -155,5 +153,4 @@ def _is_pattern(value: Any) -> bool:
         re.compile(value)
     except (re.error, RecursionError, OverflowError):
         return False
-    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", value)
-    return len(re.findall(r"[*+{]", plain)) <= _MAX_REPEATS and not re.search(r"\)[*+{]", plain)
+    return not may_explode(value)

@@ -227,6 +227,10 @@ class AdapterKind(ABC):
         """Whether a module that the adapter lacks changes what the others get, as with drawn numbers that all share."""
         return False
 
+    def has_bare_targets(self, values: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Whether the file holds shared tensors only, so that target_modules must tell the modules."""
+        return False
+
     def variants(self, values: Mapping[str, Any]) -> Iterable[str]:  # noqa: ARG002
         """Return which of the kind's variants a config asks for, as people call them."""
         return ()

@@ -68,7 +68,11 @@ def matrix_of_linear(module: TargetModule) -> tuple[int, int]:
         ShapeMismatchError: it is none, or nothing tells how it is stored.
     """
     if len(module.base_shape) != 2:
-        module.refuse(next(iter(module.shapes)), "a base weight of 2 dimensions", f"shape {list(module.base_shape)}")
+        module.refuse(
+            next(iter([*module.shapes, *module.shared])),
+            "a base weight of 2 dimensions",
+            f"shape {list(module.base_shape)}",
+        )
     return module.matrix_shape
 
 

@@ -129,7 +129,7 @@ class TargetModule:
         """
         if self.is_transposed is None:
             hint = "a square weight does not show its layout; a config.json with transformers' model_type would tell it"
-            role = next(iter(self.shapes))
+            role = next(iter([*self.shapes, *self.shared]))
             raise ShapeMismatchError(role, "a known layout, (out, in) or (in, out)", "either", hint)
         return self.is_transposed and len(self.base_shape) == 2
 

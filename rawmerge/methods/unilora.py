@@ -128,6 +128,10 @@ class UniloraKind(AdapterKind):
         """Whether places are drawn, for all modules together."""
         return not values["save_indices"]
 
+    def has_bare_targets(self, values: Mapping[str, Any]) -> bool:
+        """Whether places are drawn: then the file holds the vector alone."""
+        return not values["save_indices"]
+
     def plan(self, module: TargetModule) -> Iterable[PlannedUpdate]:
         """Yield the one update."""
         values, (rows, columns) = module.values, matrix_of_linear(module)
