@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -13,7 +15,8 @@ import pytest
 from rawmerge import cli as command_line
 from rawmerge import errors
 from rawmerge.cli import cli
-from rawmerge.formats import adapter_config
+from rawmerge.formats import adapter_fields as fields
+from rawmerge.methods import ADAPTER_KINDS
 from tests.test_architecture import FLOORS
 
 ROOT = Path(__file__).parent.parent
@@ -78,12 +81,19 @@ def test_the_option_table_is_the_command_s() -> None:
 
 
 def test_the_field_tables_are_the_code_s() -> None:
-    followed, init, ignored, refused = (row for row in rows_after("What each field of") if code_words(row[0]))
-    assert code_words(followed[0]) == adapter_config.SUPPORTED_FIELDS
+    followed, init, variants, ignored, refused = (row for row in rows_after("What each field of") if code_words(row[0]))
+    assert code_words(followed[0]) == fields.SUPPORTED_FIELDS
     assert code_words(init[0]) == {"init_lora_weights"}
-    assert code_words(init[1]) == adapter_config.PLAIN_INITS
-    assert code_words(ignored[0]) == adapter_config.IGNORED_FIELDS
-    assert code_words(refused[0]) == adapter_config.REFUSED_FIELDS.keys()
+    assert code_words(init[1]) == fields.PLAIN_INITS | fields.REPEATED_INITS
+    assert code_words(variants[0]) | {"init_lora_weights"} == fields.LORA_VARIANT_FIELDS.followed.keys()
+    assert code_words(ignored[0]) == fields.IGNORED_FIELDS | set(fields.LORA_VARIANT_FIELDS.ignored)
+    assert code_words(refused[0]) == fields.REFUSED_FIELDS.keys()
+
+
+def test_the_tables_of_kinds_are_the_registry_s() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts/make_kind_tables.py", "--check"], check=False)
+    assert done.returncode == 0, "run scripts/make_kind_tables.py"
+    assert [kind for kind in ADAPTER_KINDS if f"`{kind}`" not in README] == []
 
 
 def test_the_exit_codes_are_the_code_s() -> None:
