@@ -13,6 +13,7 @@ from rawmerge.methods.delora import DeloraKind
 from rawmerge.methods.fourierft import FourierftKind
 from rawmerge.methods.glora import GloraKind
 from rawmerge.methods.gralora import GraloraKind
+from rawmerge.methods.hira import HiraKind
 from rawmerge.methods.hra import HraKind
 from rawmerge.methods.ia3 import Ia3Kind
 from rawmerge.methods.interface import AdapterKind, Method
@@ -51,6 +52,7 @@ _KINDS: Final[tuple[AdapterKind, ...]] = (
     FourierftKind(),
     GloraKind(),
     GraloraKind(),
+    HiraKind(),
     HraKind(),
     Ia3Kind(),
     KohyaKind(),
