@@ -6,7 +6,7 @@ The only module that does arithmetic on the base; importing it imports torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,8 @@ import torch
 
 from rawmerge.blas_threads import BlasThreads
 from rawmerge.dtypes import DTYPES
-from rawmerge.errors import NonFiniteTensorError
-from rawmerge.merge_plan import ReplaceTensor, UpdateTensor, Window, matrix_of
+from rawmerge.errors import MergeError, NonFiniteTensorError, quote
+from rawmerge.merge_plan import ReplaceTensor, Update, UpdateTensor, Window, matrix_of
 from rawmerge.methods import METHODS
 from rawmerge.methods.interface import WHOLE, PreparedUpdate, Scratch, TileContext
 from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into
@@ -201,10 +201,19 @@ class TensorComputer:
             # what sees the whole tensor makes PEFT's own calls, threads included; one at a time, for its memory
             is_whole = update.reach == WHOLE or any(stretch.is_low for stretch in self._matrix.stretches)
             with self._blas.whole() if is_whole else nullcontext():
-                prepared = METHODS[update.kind].prepare(update.settings, tensors, context)
+                prepared = self._prepared_update(update, tensors, context)
             windowed = WindowedUpdate(prepared, update.window) if update.window else prepared
             earlier.append((place, windowed))
             yield windowed
+
+    def _prepared_update(
+        self, update: Update, tensors: Mapping[str, torch.Tensor], context: TileContext
+    ) -> PreparedUpdate:
+        try:
+            return METHODS[update.kind].prepare(update.settings, tensors, context)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not mark it public
+            found = f"base or adapter values that have none ({error})"
+            raise MergeError(f"{quote(self.step.entry.name)}: expected a decomposition, found {found}") from error
 
     def _shape_of(self, window: Window | None) -> tuple[int, ...]:
         """Return the shape that an update meets."""

@@ -163,7 +163,7 @@ def parse_adapter_config(
     except StrictJsonError as error:
         raise AdapterError(Problem(path, "an adapter config of strict JSON", str(error))) from error
     known = kinds or {}
-    _check_type(fields, (LORA, *known), refused or {})
+    _check_type(fields, tuple(dict.fromkeys((LORA, *known))), refused or {})
     kind = fields["peft_type"]
     return _parse_lora(fields) if kind == LORA else _parse_kind(fields, known[kind])
 
@@ -264,7 +264,7 @@ def _check_type(fields: Mapping[str, Any], known: tuple[str, ...], refused: Mapp
         raise UnsupportedAdapterError(Problem("peft_type", "a kind that can be merged", peft_type, hint))
     found = "none" if peft_type is None else ascii(peft_type)[:80]
     listed = f"one of {', '.join(known)}"
-    hint = f"this version merges {', '.join(known)}" if peft_type else "is this the folder of a PEFT adapter?"
+    hint = "a newer PEFT may have more kinds" if peft_type else "is this the folder of a PEFT adapter?"
     raise UnsupportedAdapterError(Problem("peft_type", listed, found, hint))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from rawmerge.dtypes import DTYPES
-from rawmerge.errors import AdapterError, PlanError, Problem, UnsupportedAdapterError
-from rawmerge.formats.adapter_fields import LORA
+from rawmerge.errors import AdapterError, PlanError, Problem, UnsupportedAdapterError, quote
+from rawmerge.formats.adapter_fields import LORA, changes_base
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.matching.bare_targets import UnknownTargetsError, bare_targets
 from rawmerge.matching.expert_matching import ExpertMatcher
@@ -24,6 +25,8 @@ from rawmerge.methods.interface import (
     AdapterKind,
     Shape,
 )
+
+_OTHER_BASE: Final = "is this the base the adapter was trained on?"
 
 
 class ModuleMatcher:
@@ -44,6 +47,7 @@ class ModuleMatcher:
     def match(self, names: Iterable[AdapterTensorName]) -> None:
         """Record the updates that these tensors, the kind's own, make."""
         names = list(names)
+        self._check_dtypes(name for name in names if not name.module_path)
         modules = list(self._whole_modules(name for name in names if name.module_path))
         if self._config.kind == LORA:
             modules = self._experts.match(modules)
@@ -78,10 +82,10 @@ class ModuleMatcher:
 
     def _whole_modules(self, names: Iterable[AdapterTensorName]) -> Iterator[ModuleTensors]:
         for module in group_by_module(names):
-            problem = half_problem(module) if self._config.kind == LORA else None
-            if problem or (problem := self._dtype_problem(module)):
+            problem = half_problem(module, self._config) if self._config.kind == LORA else None
+            if problem:
                 self._ledger.problems.add(AdapterError, [problem])
-            else:
+            elif self._check_dtypes(module.names.values()):
                 yield module
 
     def _bare_modules(self, shared: Iterable[AdapterTensorName]) -> list[ModuleTensors]:
@@ -96,12 +100,14 @@ class ModuleMatcher:
             return []
         return [ModuleTensors(path, 0, subject=subject) for path in paths]
 
-    def _dtype_problem(self, module: ModuleTensors) -> Problem | None:
-        for name in module.names.values():
-            dtype = self._ledger.source(name).dtype
-            if not DTYPES[dtype].is_mergeable and name.role not in {*self._kind.integers, *self._kind.ignored}:
-                return Problem(name.text, "a plain float dtype (F64, F32, BF16, F16)", dtype)
-        return None
+    def _check_dtypes(self, names: Iterable[AdapterTensorName]) -> bool:
+        """Refuse tensors of dtypes that their kind does not compute with; return whether there are none."""
+        free = {*self._kind.integers, *self._kind.ignored}
+        stored = [(name, self._ledger.source(name).dtype) for name in names if name.role not in free]
+        expected = "a plain float dtype (F64, F32, BF16, F16)"
+        wrong = [Problem(name.text, expected, dtype) for name, dtype in stored if not DTYPES[dtype].is_mergeable]
+        self._ledger.problems.add(AdapterError, wrong[:1])
+        return not wrong
 
     def _place(self, module: ModuleTensors, resolution: Resolution) -> Place | None:
         target = self._target(module)
@@ -120,11 +126,30 @@ class ModuleMatcher:
             problem = Problem(module.first, expected, "a nested pair on a module of one weight")
         else:
             tied_dtype = self._ledger.base.tensors[self._tie.input].dtype if self._tie else "F32"
-            problem = self._unmatched.dtype_problem(place, tied_dtype) or self._ledger.claim(place, module.first)
+            problem = self._unmatched.dtype_problem(place, tied_dtype) or self._fit_problem(module, place)
+            problem = problem or self._ledger.claim(place, module.first)
         if problem:
             self._ledger.problems.add(PlanError, [problem])
             return None
         return place
+
+    def _fit_problem(self, module: ModuleTensors, place: Place) -> Problem | None:
+        """Return why a module's tensors cannot be about this place, although their shapes or their name allow it."""
+        if changes_base(self._config.values) and self._tie and place.name in {self._tie.input, self._tie.output}:
+            expected = "a projection of its own, for its initialisation changed the embedding that is tied to it"
+            return Problem(module.first, expected, f"{quote(place.name)}, tied to {quote(self._tie.input)}")
+        delta, shape, model = self.delta_shape(module), self.base_shape(place), self._ledger.base.config
+        is_open = delta is None or len(shape) != 2 or module.is_embedding or place.is_transposed is not None
+        if is_open or not model.is_of_transformers or model.is_conv1d(module.module_path.rpartition(".")[2]):
+            return None
+        if lies_as(delta, shape) == {True}:
+            found = f"{quote(place.name)} of shape {list(shape)}, which only its transpose fits"
+            return Problem(module.first, f"a weight for a delta of {_shown(delta)}", found, _OTHER_BASE)
+        return None
+
+
+def _shown(delta: Shape | None) -> str:
+    return f"({', '.join('any' if size < 0 else str(size) for size in delta or ())})"
 
 
 class _Fit:

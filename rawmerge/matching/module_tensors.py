@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from rawmerge.errors import Problem
+from rawmerge.formats.adapter_config import AdapterConfig
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.methods import lora
 
@@ -75,7 +76,7 @@ def group_by_module(names: Iterable[AdapterTensorName]) -> list[ModuleTensors]:
     return list(modules.values())
 
 
-def half_problem(pair: ModuleTensors) -> Problem | None:
+def half_problem(pair: ModuleTensors, config: AdapterConfig) -> Problem | None:
     """Return what is missing from an incomplete LoRA pair."""
     for roles in lora.PAIRS:
         present = [role for role in roles if role in pair.names]
@@ -86,4 +87,8 @@ def half_problem(pair: ModuleTensors) -> Problem | None:
     if not pair.factors:
         part = "this bias" if "lora_b_bias" in pair.names else "it"
         return Problem(pair.first, f"lora_a and lora_b beside {part}", "none")
+    is_biased = config.lora_bias and not config.values.get("use_bdlora")  # which refuses biases by name
+    if is_biased and not pair.is_embedding and "lora_b_bias" not in pair.names:
+        hint = "lora_bias is set, and the file is incomplete; save the adapter again"
+        return Problem(pair.first, "its bias lora_B.bias", "none", hint)
     return None

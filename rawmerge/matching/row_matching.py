@@ -43,7 +43,9 @@ class RowMatcher:
         """Record trained token rows; those that may repeat others come last."""
         placed = [(name, *self._place(name)) for name in names]
         for name, resolution, place in sorted(placed, key=lambda one: one[2] is None or not self._is_targeted(one[0])):
-            if place and place.is_whole and self._is_targeted(name):
+            # a tied copy that the adapter stores whole, too, gets its rows like the other
+            is_own = place and self._ledger.is_stored(place.name) and self._twin(name)
+            if place and place.is_whole and (is_own or self._is_targeted(name)):
                 self._record_rows(name, place)
             elif twin := self._twin(name):
                 reason = f"equal to the rows of {quote(twin)}, which the base ties to it"

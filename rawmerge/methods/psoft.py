@@ -40,7 +40,9 @@ class PsoftMethod:
         import torch
 
         own, rank, scaling = upcast(tensors, context), int(number(settings, "rank")), number(settings, "scaling")
-        left, values, right = _decomposed(context.whole(), rank, settings)
+        # vectors' signs are free, and R was trained with those of float32: another precision may give others
+        parts = _decomposed(context.whole().to(torch.float32), rank, settings)
+        left, values, right = (part.to(context.compute_dtype) for part in parts)
         values = values / scaling
         if settings["is_pissa"]:
             roots = torch.diag(torch.sqrt(values))

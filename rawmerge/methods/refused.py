@@ -26,5 +26,6 @@ REFUSED_KINDS: Final = {
     "PROMPT_TUNING": _VIRTUAL_TOKENS,
     "P_TUNING": _VIRTUAL_TOKENS,
     "SHADOW": "it is a network beside the model, and changes no weight",
-    "XLORA": f"it mixes LoRA adapters by input: {_ROUTED}; its adapters, one folder each, can be merged one by one",
+    "XLORA": f"it mixes LoRA adapters by input: {_ROUTED}; those that it was made of can be merged from their own "
+    "folders, one by one",
 }

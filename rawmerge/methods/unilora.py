@@ -23,6 +23,7 @@ from rawmerge.methods.interface import (
     Shape,
     TargetModule,
     TileContext,
+    UnmergeableError,
     number,
 )
 from rawmerge.methods.lora import PreparedLora
@@ -148,6 +149,8 @@ class UniloraKind(AdapterKind):
                     module.refuse(role, "dtype I32 or I64", module.dtypes[role])
             yield PlannedUpdate("unilora", (*_SAVED, "vector"), settings, working_bytes=working)
             return
+        if rank > max(rows, columns):
+            raise UnmergeableError(f"r of at most {max(rows, columns)}, for as many places are drawn", f"{rank}")
         before, total = _counts(module)
         settings |= {"total": total, "first": before, "rank": rank}
         settings |= {"length": values["theta_d_length"], "seed": values["proj_seed"]}

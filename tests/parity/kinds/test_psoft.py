@@ -83,7 +83,8 @@ def test_float64_is_the_formula(tmp_path: Path, name: str) -> None:
             turn = torch.diag(own[f"{path}.vector_b"]) @ turn
         turn = turn @ torch.diag(own[f"{path}.vector_a"])
         # the scaling cancels: s * U (S / s) (R - I) V; signs of U and V cancel only in pairs, so they must be torch's
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        parts = torch.linalg.svd(weight.float(), full_matrices=False)
+        left, values, right = (part.double() for part in parts)
         delta: torch.Tensor = left[:, :4] @ torch.diag(values[:4]) @ (turn - torch.eye(4)) @ right[:4]
         return weight + delta
 

@@ -124,4 +124,4 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapterError, match="found 'LORA3'") as refusal:
         rawmerge.plan_merge(base, adapter)
     for kind in KINDS:
-        assert kind in refusal.value.problems[0].hint
+        assert kind in refusal.value.problems[0].expected.removeprefix("one of ").split(", ")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,3 +79,19 @@ def test_places_that_are_none_of_the_vector_s_are_refused(tmp_path: Path, place:
     base, adapter = kinds.write_case(replace(CASES["stored"], edit=edit), tmp_path, torch.float32)
     with pytest.raises(rawmerge.MergeError, match=f"unilora_indices_B.*{place}"):
         rawmerge.merge_adapter(base, adapter, tmp_path / "ours")
+
+
+def test_the_stream_of_places_stays_the_same() -> None:
+    """Fourteen elements of five: two of each, four of those once more, shuffled."""
+    generator = np.random.default_rng(42)
+    places = np.concatenate([np.repeat(np.arange(5), 2), generator.choice(5, size=4, replace=False)])
+    generator.shuffle(places)
+    assert places.tolist() == [2, 4, 1, 4, 3, 2, 3, 3, 4, 1, 0, 0, 2, 0]
+
+
+def test_a_rank_that_would_fill_the_memory_with_places_is_refused(tmp_path: Path) -> None:
+    case = kinds.Case(lambda: config(save_indices=False))
+    base, adapter = kinds.write_case(case, tmp_path, torch.float32)
+    kinds.edit_config(adapter, r=2**30)
+    with pytest.raises(rawmerge.RefusedError, match="r of at most 64"):
+        rawmerge.plan_merge(base, adapter)
