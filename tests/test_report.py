@@ -111,11 +111,12 @@ def test_a_plan_of_one_shard_says_so_in_the_singular(plan: MergePlan) -> None:
 
 
 def test_transposed_and_replaced_tensors_are_marked(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", [{"c.weight": random_tensor((8, 12)), "score.weight": random_tensor((2, 8))}])
+    weights = {"c_fc.weight": random_tensor((8, 12)), "score.weight": random_tensor((2, 8))}
+    base = write_base(tmp_path / "base", [weights], {"model_type": "gpt2"})
     extra = {"base_model.model.score.weight": random_tensor((2, 8), seed=9)}
-    adapter = write_adapter(tmp_path / "adapter", lora_pair("c", 12, 8) | extra, modules_to_save=["score"])
+    adapter = write_adapter(tmp_path / "adapter", lora_pair("c_fc", 12, 8) | extra, modules_to_save=["score"])
     text = plan_text(rawmerge.plan_merge(base, adapter))
-    assert "  c.weight: lora rank 4, scaling 1.5, transposed" in text.splitlines()
+    assert "  c_fc.weight: lora rank 4, scaling 1.5, transposed" in text.splitlines()
     assert "  score.weight: replaced by the adapter's" in text.splitlines()
 
 

@@ -13,7 +13,7 @@ from rawmerge.matching.bare_targets import UnknownTargetsError, bare_targets
 from rawmerge.matching.expert_matching import ExpertMatcher
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.module_recorder import ModuleRecorder, PlacedModule
-from rawmerge.matching.module_tensors import ModuleTensors, group_by_module, half_problem
+from rawmerge.matching.module_tensors import ModuleTensors, group_by_module, half_problem, lost_biases
 from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
 from rawmerge.matching.square_layout import lies_as
@@ -51,6 +51,8 @@ class ModuleMatcher:
         modules = list(self._whole_modules(name for name in names if name.module_path))
         if self._config.kind == LORA:
             modules = self._experts.match(modules)
+            lost = lost_biases(modules) if self._config.lora_bias and not self._config.values["use_bdlora"] else ()
+            self._ledger.problems.add(AdapterError, lost)
         if self._kind.has_bare_targets(self._config.values) and not modules:
             modules = self._bare_modules(names)
         targets = {self._target(module): module for module in modules}
@@ -82,7 +84,7 @@ class ModuleMatcher:
 
     def _whole_modules(self, names: Iterable[AdapterTensorName]) -> Iterator[ModuleTensors]:
         for module in group_by_module(names):
-            problem = half_problem(module, self._config) if self._config.kind == LORA else None
+            problem = half_problem(module) if self._config.kind == LORA else None
             if problem:
                 self._ledger.problems.add(AdapterError, [problem])
             elif self._check_dtypes(module.names.values()):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from rawmerge.errors import Problem
-from rawmerge.formats.adapter_config import AdapterConfig
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.methods import lora
 
 #: Roles of tensors that no embedding has.
 _LINEAR_ROLES: Final = frozenset({"lora_a", "lora_b", "lora_b_bias"})
+
+_BIAS: Final = "lora_b_bias"
 
 
 @dataclass(slots=True)
@@ -76,7 +77,7 @@ def group_by_module(names: Iterable[AdapterTensorName]) -> list[ModuleTensors]:
     return list(modules.values())
 
 
-def half_problem(pair: ModuleTensors, config: AdapterConfig) -> Problem | None:
+def half_problem(pair: ModuleTensors) -> Problem | None:
     """Return what is missing from an incomplete LoRA pair."""
     for roles in lora.PAIRS:
         present = [role for role in roles if role in pair.names]
@@ -85,10 +86,15 @@ def half_problem(pair: ModuleTensors, config: AdapterConfig) -> Problem | None:
             hint = "the file is incomplete; save the adapter again"
             return Problem(pair.names[present[0]].text, f"its partner {missing}", "none", hint)
     if not pair.factors:
-        part = "this bias" if "lora_b_bias" in pair.names else "it"
+        part = "this bias" if _BIAS in pair.names else "it"
         return Problem(pair.first, f"lora_a and lora_b beside {part}", "none")
-    is_biased = config.lora_bias and not config.values.get("use_bdlora")  # which refuses biases by name
-    if is_biased and not pair.is_embedding and "lora_b_bias" not in pair.names:
-        hint = "lora_bias is set, and the file is incomplete; save the adapter again"
-        return Problem(pair.first, "its bias lora_B.bias", "none", hint)
     return None
+
+
+def lost_biases(pairs: Iterable[ModuleTensors]) -> Iterator[Problem]:
+    """Yield a problem for each pair on a module without its bias, where other pairs have theirs: `lora_bias` is set."""
+    plain = [pair for pair in pairs if not (pair.is_embedding or pair.is_attention or pair.is_inner)]
+    lacking = [pair for pair in plain if _BIAS not in pair.names]
+    hint = "lora_bias is set, and the file is incomplete; save the adapter again"
+    if len(lacking) < len(plain):
+        yield from (Problem(pair.first, "its bias lora_B.bias", "none", hint) for pair in lacking)

@@ -91,7 +91,7 @@ def test_a_lost_bias_of_a_pair_is_refused(tmp_path: Path) -> None:
     def without(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in tensors.items() if "0.fc1.lora_B.bias" not in name}
 
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["fc1"], lora_bias=True)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["fc1", "fc2"], lora_bias=True)
     case = kinds.Case(lambda: config, model=tiny.opt, edit=without)
     base, adapter = kinds.write_case(case, tmp_path, torch.float32)
     with pytest.raises(rawmerge.RefusedError, match=r"0\.fc1\.lora_A\.weight': expected its bias lora_B\.bias"):
