@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Unpack
 
 from rawmerge.hub import resolve_adapter, resolve_base, resolve_either
 from rawmerge.inspection import Inspection, inspect_root
@@ -12,6 +13,7 @@ from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
 from rawmerge.plan import make_plan
 from rawmerge.run import MergeSummary, run_plan
+from rawmerge.run_options import RunChoices
 
 
 def plan_merge(
@@ -69,9 +71,8 @@ def merge_adapter(
     tokenizer: str = "base",
     moe_lora_b_layout: str | None = None,
     force: bool = False,
-    overwrite: bool = False,
-    threads: int | None = None,
     progress: ProgressCallback | None = None,
+    **choices: Unpack[RunChoices],
 ) -> MergeSummary:
     """Plan a merge and run it: `output` appears complete, or not at all.
 
@@ -85,9 +86,8 @@ def merge_adapter(
         tokenizer: see `plan_merge`.
         moe_lora_b_layout: see `plan_merge`.
         force: see `plan_merge`.
-        overwrite: replace a checkpoint that stands at `output`, once the new one is complete.
-        threads: how many threads work; changes no bit of the output.
         progress: called as bytes are finished; an exception from it cancels the merge and leaves nothing behind.
+        choices: how the plan is carried out; `RunOptions` tells them: `overwrite`, `threads`, `device` and so on.
 
     Raises:
         RefusedError: nothing was written; reasons in `.problems`.
@@ -104,7 +104,7 @@ def merge_adapter(
         moe_lora_b_layout=moe_lora_b_layout,
         force=force,
     )
-    return run_plan(plan, Path(output), overwrite=overwrite, threads=threads, progress=progress)
+    return run_plan(plan, Path(output), progress=progress, **choices)
 
 
 def inspect_path(path: str | os.PathLike[str]) -> Inspection:

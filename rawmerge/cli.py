@@ -20,6 +20,7 @@ import rawmerge
 from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
 from rawmerge.errors import RawmergeError
 from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS
+from rawmerge.run_options import MECHANISMS
 
 REFUSED = 3
 INTERRUPTED = 130
@@ -137,6 +138,12 @@ def cli() -> None:
 @_plan_options
 @click.option("--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 4]")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the output.")
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(list(MECHANISMS)),
+    help="Do not use this means of speed; changes no bit.  May be given more than once.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @_JSON
 def merge(
@@ -145,6 +152,7 @@ def merge(
     output: Path,
     threads: int | None,
     overwrite: bool,
+    without: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -164,7 +172,9 @@ def merge(
     for line in (*(f"note: {note}" for note in plan.notes), *left_out_lines(plan)):
         _say(line, err=True)
     with _ended_by_signals(), _progress_bar(plan.tensor_bytes) as progress:
-        summary = rawmerge.run_plan(plan, output, overwrite=overwrite, threads=threads, progress=progress)
+        summary = rawmerge.run_plan(
+            plan, output, progress=progress, overwrite=overwrite, threads=threads, without=without
+        )
     _say(summary_text(summary), err=True)
     _say(summary_json(summary) if as_json else summary.output)
 

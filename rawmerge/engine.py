@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from rawmerge.jobs import Job, ProgressCallback, RunningJobs, ShardInWork
 from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step, UpdateTensor, matrix_of
+from rawmerge.run_options import RunOptions
 from rawmerge.shard_writer import OutputFile
 from rawmerge.shared_tensors import SharedTensors, count_uses
 from rawmerge.tensor_source import OpenFiles, TensorSource
@@ -46,10 +47,13 @@ class Engine:
         changed: names of the updated tensors of which at least one element differs from the base.
     """
 
-    def __init__(self, compute_dtype: str, threads: int, total_bytes: int, tile_elements: int = TILE_ELEMENTS) -> None:
+    def __init__(
+        self, compute_dtype: str, total_bytes: int, options: RunOptions, tile_elements: int = TILE_ELEMENTS
+    ) -> None:
         self.changed: set[str] = set()
         self._compute_dtype = compute_dtype
-        self._threads = threads
+        self._options = options
+        self._threads = options.threads or default_threads()
         self._total_bytes = total_bytes
         self._tile_elements = tile_elements
         self._files = OpenFiles()

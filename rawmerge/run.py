@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from operator import eq
 from pathlib import Path
+from typing import Unpack
 
 from rawmerge.adapter import read_weights
-from rawmerge.engine import Engine, default_threads
+from rawmerge.engine import Engine
 from rawmerge.errors import (
     InputChangedError,
     MergeError,
@@ -28,6 +29,7 @@ from rawmerge.jobs import ProgressCallback
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
 from rawmerge.output_directory import OutputPolicy, StagingDirectory, check_output, check_space
 from rawmerge.record import record_text
+from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import OpenFiles, TensorSource, read_shard_file
 
@@ -57,32 +59,29 @@ def run_plan(
     plan: MergePlan,
     output: str | Path,
     *,
-    overwrite: bool = False,
-    threads: int | None = None,
     progress: ProgressCallback | None = None,
+    **choices: Unpack[RunChoices],
 ) -> MergeSummary:
     """Write what `plan` says to `output`; it appears complete, or not at all.
 
     Args:
         plan: from `plan_merge`.
         output: directory to make; it must not exist unless `overwrite`.
-        overwrite: replace a checkpoint that stands at `output`, once the new one is complete.
-        threads: how many threads work; default: the processors, at most four. Changes no bit of the output.
+        choices: `RunOptions` tells them: `overwrite`, `threads`, `max_memory`, `device` and so on.
         progress: called in this thread as bytes are finished. An exception from it cancels the merge and leaves
             nothing behind.
 
     Raises:
         OutputError: the output may not be written; nothing was.
         MergeError: writing failed; nothing was published and nothing is left.
-        ValueError: `threads` is not positive.
+        ValueError: a choice is none of its values.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be positive, not {threads}")
+    options = RunOptions(**choices)
     started = time.perf_counter()
     target = Path(output)
-    check_target(plan, target, overwrite=overwrite)
+    check_target(plan, target, overwrite=options.overwrite)
     try:
-        changed = _write(plan, target, _policy(plan, overwrite), threads or default_threads(), progress)
+        changed = _write(plan, target, options, progress)
     except OSError as error:
         raise MergeError(_describe(error)) from error
     return MergeSummary(
@@ -143,11 +142,9 @@ def _policy(plan: MergePlan, overwrite: bool) -> OutputPolicy:
     return OutputPolicy(overwrite, RECORD_NAME, Path(plan.base_root), files)
 
 
-def _write(
-    plan: MergePlan, target: Path, policy: OutputPolicy, threads: int, progress: ProgressCallback | None
-) -> dict[str, bool]:
+def _write(plan: MergePlan, target: Path, options: RunOptions, progress: ProgressCallback | None) -> dict[str, bool]:
     """Write and publish the output; return the updated tensors and whether any element of each changed."""
-    engine = Engine(plan.options.compute_dtype, threads, plan.tensor_bytes)
+    engine = Engine(plan.options.compute_dtype, plan.tensor_bytes, options)
     with StagingDirectory(target) as staging:
         _check_inputs(plan)
         with ExitStack() as opened:
@@ -157,7 +154,7 @@ def _write(
         for file in plan.written_files:
             staging.write_text(file.name, file.text)
         staging.write_text(RECORD_NAME, record_text(plan, count_steps(plan)))
-        staging.publish(policy)
+        staging.publish(_policy(plan, options.overwrite))
     return changed
 
 

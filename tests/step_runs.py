@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from rawmerge.engine import Engine
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
 from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Step, Update, UpdateTensor
+from rawmerge.run_options import RunOptions
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import TensorSource
 from rawmerge.tiles import TILE_ELEMENTS
@@ -69,7 +70,7 @@ class Workbench:
             start = end
         plan = ShardPlan("out", format_shard_header([step.entry for step in placed], None), tuple(placed))
         path = self._path()
-        engine = Engine(compute_dtype, threads, start, tile_elements)
+        engine = Engine(compute_dtype, start, RunOptions(threads=threads), tile_elements)
         with OutputFile(path, plan.byte_count) as file:
             engine.run([(plan, file)], None)
         tensors: dict[str, torch.Tensor] = load_file(path)

@@ -20,6 +20,7 @@ FLOORS = {
     "errors": 0,
     "dtypes": 0,
     "merge_options": 0,
+    "run_options": 0,
     "formats": 1,
     "methods": 2,
     "families": 1,

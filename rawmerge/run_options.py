@@ -1,0 +1,75 @@
+"""The choices of a run: how a plan is carried out. On the CPU none of them changes a bit of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Final, TypedDict
+
+#: What makes a run fast, each of which `without` switches off, to measure what it is worth or to get round a fault.
+MECHANISMS: Final = {
+    "kernel": "plain LoRA is merged by rawmerge's own compiled code where its bits are torch's; else by torch",
+    "reflink": "the whole shard is cloned where the file system can, and only changed tensors are written",
+    "preallocation": "the space of a shard is allocated before it is written",
+    "early-sync": "the disk starts writing while a shard is still being computed",
+    "early-import": "torch is imported while kept tensors are copied",
+}
+DEVICES: Final = ("cpu", "cuda", "mps")
+
+
+class RunChoices(TypedDict, total=False):
+    """The fields of `RunOptions`, as keyword arguments."""
+
+    overwrite: bool
+    threads: int | None
+    max_memory: int | None
+    device: str
+    link: bool
+    consume_base: bool
+    reuse: bool
+    without: Collection[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a plan is carried out.
+
+    Attributes:
+        overwrite: replace a checkpoint that stands at the output, once the new one is complete.
+        threads: how many threads work; None for the processors, at most four.
+        max_memory: bytes that the process may take, page cache of its files included where the system counts it;
+            None for no limit but that of the process's own control group.
+        device: where updates are computed: `cpu`, `cuda` (or `cuda:1`), `mps`.
+        link: shards that the merge leaves as they are become hard links to the base's.
+        consume_base: delete each base shard once its successor is durable.
+        reuse: take shards over from the output that is replaced, where the same inputs made them.
+        without: names of `MECHANISMS` that are not to be used.
+    """
+
+    overwrite: bool = False
+    threads: int | None = None
+    max_memory: int | None = None
+    device: str = "cpu"
+    link: bool = False
+    consume_base: bool = False
+    reuse: bool = True
+    without: Collection[str] = field(default=frozenset())
+
+    def __post_init__(self) -> None:
+        """Refuse what is no choice.
+
+        Raises:
+            ValueError: a number is not positive, or a name is unknown.
+        """
+        for name in ("threads", "max_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, not {value}")
+        if unknown := sorted(set(self.without) - set(MECHANISMS)):
+            raise ValueError(f"without: expected some of {', '.join(MECHANISMS)}, not {', '.join(unknown)}")
+        if self.device.partition(":")[0] not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device}")
+
+    def uses(self, mechanism: str) -> bool:
+        """Whether one of `MECHANISMS` may be used."""
+        return mechanism not in self.without
