@@ -10,14 +10,14 @@ from benchmarks.shapes import CheckpointShape
 WEIGHT_STD: Final = 0.02
 
 
-def llama_config(shape: CheckpointShape) -> dict[str, object]:
-    """Return a config.json from which transformers builds the model."""
+def llama_config(shape: CheckpointShape, dtype: str) -> dict[str, object]:
+    """Return a config.json from which transformers builds the model, its weights in `dtype`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": 1,
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "eos_token_id": 2,
         "head_dim": shape.head_dim,
         "hidden_act": "silu",

@@ -17,14 +17,23 @@ from pathlib import Path
 MAXRSS_UNIT_BYTES = 1024 if sys.platform == "linux" else 1
 
 
-def storage_bytes(pid: int) -> dict[str, int | None]:
-    """Return the bytes that a zombie and its reaped children moved from and to storage, None where untold."""
+#: Our name of a counter to Linux's (proc_pid_io(5)).
+COUNTERS = {
+    "read_bytes": "read_bytes",
+    "written_bytes": "write_bytes",
+    "read_call_bytes": "rchar",
+    "write_call_bytes": "wchar",
+}
+
+
+def moved_bytes(pid: int) -> dict[str, int | None]:
+    """Return the bytes that a zombie and its reaped children moved, None where untold."""
     try:
         lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
     except OSError:
-        return {"read_bytes": None, "written_bytes": None}
+        return dict.fromkeys(COUNTERS)
     counts = dict(line.split(": ") for line in lines)
-    return {"read_bytes": int(counts["read_bytes"]), "written_bytes": int(counts["write_bytes"])}
+    return {name: int(counts[counter]) for name, counter in COUNTERS.items()}
 
 
 def launch(log: str, command: list[str]) -> dict[str, int | float | None]:
@@ -37,14 +46,14 @@ def launch(log: str, command: list[str]) -> dict[str, int | float | None]:
     pid = os.posix_spawnp(command[0], command, os.environ, file_actions=redirect)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     wall_seconds = time.perf_counter() - started
-    storage = storage_bytes(pid)
+    moved = moved_bytes(pid)
     _, status, usage = os.wait4(pid, 0)
     return {
         "exit_code": os.waitstatus_to_exitcode(status),
         "wall_seconds": wall_seconds,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_rss_bytes": usage.ru_maxrss * MAXRSS_UNIT_BYTES,
-        **storage,
+        **moved,
     }
 
 

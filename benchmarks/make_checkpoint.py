@@ -7,30 +7,17 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 from benchmarks.configs import WEIGHT_STD, adapter_config, llama_config, tokenizer
 from benchmarks.random_shard import RandomBlock, RandomTensor, write_random_shard
-from benchmarks.shapes import SHAPES, CheckpointShape
+from benchmarks.recipe import DTYPE_CODES, Recipe, add_recipe_options, parse_recipe
+from benchmarks.shapes import SHAPES
 
-#: Raised when the same recipe would give other bytes, so that a directory made by older code is not reused.
-LAYOUT_VERSION: Final = 1
 RECIPE_FILE: Final = "recipe.json"
 LORA_B_STD: Final = 0.01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """Everything that decides the bytes of a synthetic checkpoint; equal recipes give equal files."""
-
-    shape: CheckpointShape
-    shard_count: int
-    rank: int = 16
-    alpha: int = 24
-    seed: int = 0
-    layout_version: int = LAYOUT_VERSION
 
 
 def write_json(path: Path, value: object, *, sort_keys: bool = False) -> None:
@@ -38,11 +25,11 @@ def write_json(path: Path, value: object, *, sort_keys: bool = False) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
-def base_tensors(shape: CheckpointShape) -> list[RandomTensor]:
+def base_tensors(recipe: Recipe) -> list[RandomTensor]:
     """Return the base's tensors in registration order; norms lie around one, everything else around zero."""
     return [
-        RandomTensor(name, "BF16", tensor_shape, float("norm" in name), WEIGHT_STD)
-        for name, tensor_shape in shape.tensors()
+        RandomTensor(name, DTYPE_CODES[recipe.dtype], tensor_shape, float("norm" in name), WEIGHT_STD)
+        for name, tensor_shape in recipe.shape.tensors()
     ]
 
 
@@ -91,11 +78,11 @@ def write_index(directory: Path, shards: dict[str, list[RandomTensor]]) -> None:
 def write_base(directory: Path, recipe: Recipe, block: RandomBlock) -> None:
     """Write the base checkpoint into the new `directory`."""
     directory.mkdir()
-    write_json(directory / "config.json", llama_config(recipe.shape))
+    write_json(directory / "config.json", llama_config(recipe.shape, recipe.dtype))
     write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     write_json(directory / "tokenizer.json", tokenizer())
     write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    shards = split_into_shards(base_tensors(recipe.shape), recipe.shard_count)
+    shards = split_into_shards(base_tensors(recipe), recipe.shard_count)
     for shard_name, tensors in shards.items():
         write_random_shard(directory / shard_name, tensors, block)
     if len(shards) > 1:
@@ -112,7 +99,10 @@ def write_adapter(directory: Path, recipe: Recipe, block: RandomBlock) -> None:
 def has_recipe(directory: Path, recipe: Recipe) -> bool:
     """Whether `directory` was completed from the same recipe."""
     path = directory / RECIPE_FILE
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")) == asdict(recipe)
+    if not path.is_file():
+        return False
+    # Recipes from before a base had a choice of dtype do not say it.
+    return {"dtype": "bfloat16", **json.loads(path.read_text(encoding="utf-8"))} == asdict(recipe)
 
 
 def make_checkpoint(directory: Path, recipe: Recipe) -> bool:
@@ -145,25 +135,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.make_checkpoint", description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--alpha", type=int, default=24)
-    parser.add_argument("--shards", type=int, help="number of safetensors files (default: the shape's own)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_recipe_options(parser)
     options = parser.parse_args()
-    shape = SHAPES[options.shape]
-    recipe = Recipe(
-        shape=shape,
-        shard_count=options.shards or shape.shards,
-        rank=options.rank,
-        alpha=options.alpha,
-        seed=options.seed,
-    )
+    recipe = parse_recipe(options)
     try:
         is_new = make_checkpoint(options.directory, recipe)
     except FileExistsError as error:
         parser.error(str(error))
     done = "made" if is_new else "reused"
-    print(f"{done} {options.directory}: {shape.byte_count / 1e9:.2f} GB of base tensors")
+    print(f"{done} {options.directory}: {recipe.base_bytes / 1e9:.2f} GB of base tensors")
 
 
 if __name__ == "__main__":

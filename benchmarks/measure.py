@@ -27,6 +27,9 @@ class Cost:
         peak_rss_bytes: resident peak of the largest single process, children included; about 10 MB at least.
         read_bytes: bytes fetched from storage, so zero when the page cache had them; None where untold.
         written_bytes: bytes handed to storage; None where untold.
+        read_call_bytes: bytes asked for by read, copy and send calls, cached or not, start-up included, and without
+            what is read through a memory map; None where untold.
+        write_call_bytes: bytes passed to write, copy and send calls; None where untold.
     """
 
     wall_seconds: float
@@ -34,6 +37,8 @@ class Cost:
     peak_rss_bytes: int
     read_bytes: int | None
     written_bytes: int | None
+    read_call_bytes: int | None = None
+    write_call_bytes: int | None = None
 
 
 class CommandError(Exception):
@@ -82,6 +87,8 @@ def median_cost(costs: Sequence[Cost]) -> Cost:
         peak_rss_bytes=round(statistics.median(cost.peak_rss_bytes for cost in costs)),
         read_bytes=_median_if_told([cost.read_bytes for cost in costs]),
         written_bytes=_median_if_told([cost.written_bytes for cost in costs]),
+        read_call_bytes=_median_if_told([cost.read_call_bytes for cost in costs]),
+        write_call_bytes=_median_if_told([cost.write_call_bytes for cost in costs]),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 #: Elements drawn once and then repeated. A prime, so that rows of a tensor never line up with the repetition.
 BLOCK_ELEMENTS: Final = 4_194_301
 
-TORCH_DTYPES: Final = {"BF16": torch.bfloat16, "F32": torch.float32}
+TORCH_DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)

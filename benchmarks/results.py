@@ -1,21 +1,27 @@
-"""The figures of one benchmark as a Markdown table and as JSON."""
+"""The figures of alternating rounds on one checkpoint, as Markdown and as a value for JSON."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from benchmarks.machine import Machine
 from benchmarks.measure import Cost, median_cost, median_ratio
+from benchmarks.recipe import Recipe
 from benchmarks.rows import REFERENCE_ROW
-from benchmarks.shapes import CheckpointShape
+from benchmarks.table import markdown_table, megabytes
 
-TABLE_HEAD: Final = (
-    "| | wall s | / cp | CPU s | peak RSS MB |",
-    "|---|---:|---:|---:|---:|",
+COLUMNS: Final = (
+    "",
+    "wall s",
+    "/ cp",
+    "CPU s",
+    "peak RSS MB",
+    "storage read MB",
+    "storage written MB",
+    "calls read MB",
+    "calls written MB",
 )
 
 
@@ -24,42 +30,54 @@ class Results:
     """Everything measured in one benchmark.
 
     Attributes:
-        shape: of the base checkpoint.
+        recipe: of the checkpoint.
         page_cache: the state each run started from.
         machine: what it ran on.
         costs: row name to its costs, one per round; the same index is the same round.
+        left_out: name of a row that could not be timed to the reason.
     """
 
-    shape: CheckpointShape
+    recipe: Recipe
     page_cache: str
     machine: Machine
     costs: Mapping[str, Sequence[Cost]]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
-    def ratio(self, row_name: str) -> float:
+    def ratio(self, row_name: str, reference: str = REFERENCE_ROW) -> float:
         """Return the median of this row's wall time over the reference's, round by round."""
-        return median_ratio(self.costs[row_name], self.costs[REFERENCE_ROW])
+        return median_ratio(self.costs[row_name], self.costs[reference])
+
+    def median(self, row_name: str) -> Cost:
+        """Return the median of each of the row's figures."""
+        return median_cost(self.costs[row_name])
 
     def as_markdown(self) -> str:
-        """Return the table with a line above that says what was measured, and below, on what."""
-        return "\n".join([self._title(), "", *TABLE_HEAD, *self._table_rows(), "", str(self.machine)])
+        """Return the table, with a line above that says what was measured, and below, what could not be."""
+        missing = "".join(f"\n\nNot timed: {name}: {reason}" for name, reason in self.left_out.items())
+        return f"{self.title()}:\n\n{markdown_table(COLUMNS, self._table_rows())}{missing}"
 
-    def write_json(self, path: Path) -> None:
-        """Write every single figure to `path`; no host name, no path of this machine."""
-        value = asdict(self) | {"base_bytes": self.shape.byte_count, "ratios": self._ratios()}
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    def as_value(self) -> dict[str, object]:
+        """Return every single figure; no host name, no path of this machine."""
+        ratios = {row_name: self.ratio(row_name) for row_name in self.costs}
+        return asdict(self) | {"base_bytes": self.recipe.base_bytes, "ratios": ratios}
 
-    def _ratios(self) -> dict[str, float]:
-        return {row_name: self.ratio(row_name) for row_name in self.costs}
-
-    def _title(self) -> str:
-        size = f"{self.shape.byte_count / 1e9:.2f} GB in {self.shape.shards} shards"
+    def title(self) -> str:
+        """Return what was measured, in words."""
+        recipe = self.recipe
+        shards = f"{recipe.shard_count} shard{'s' if recipe.shard_count > 1 else ''}"
+        size = f"{recipe.base_bytes / 1e9:.2f} GB of {recipe.dtype} in {shards}, rank {recipe.rank}"
         round_count = len(self.costs[REFERENCE_ROW])
-        return f"`{self.shape.name}`, {size}, page cache {self.page_cache}, medians of {round_count} rounds:"
+        return f"`{recipe.shape.name}`, {size}, page cache {self.page_cache}, medians of {round_count} rounds"
 
-    def _table_rows(self) -> Iterator[str]:
-        for row_name, costs in self.costs.items():
-            median = median_cost(costs)
+    def _table_rows(self) -> Iterator[Sequence[str]]:
+        for row_name in self.costs:
+            median = self.median(row_name)
+            moved = (median.read_bytes, median.written_bytes, median.read_call_bytes, median.write_call_bytes)
             yield (
-                f"| {row_name} | {median.wall_seconds:.2f} | {self.ratio(row_name):.2f} "
-                f"| {median.cpu_seconds:.2f} | {median.peak_rss_bytes / 1e6:.0f} |"
+                row_name,
+                f"{median.wall_seconds:.2f}",
+                f"{self.ratio(row_name):.2f}",
+                f"{median.cpu_seconds:.2f}",
+                megabytes(median.peak_rss_bytes),
+                *map(megabytes, moved),
             )

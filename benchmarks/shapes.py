@@ -38,9 +38,14 @@ class CheckpointShape:
         return self.hidden // self.heads
 
     @property
-    def byte_count(self) -> int:
-        """Bytes of all base tensors in bfloat16."""
-        return 2 * sum(math.prod(shape) for _, shape in self.tensors())
+    def element_count(self) -> int:
+        """Elements of all base tensors."""
+        return sum(math.prod(shape) for _, shape in self.tensors())
+
+    @property
+    def updated_element_count(self) -> int:
+        """Elements of the tensors that the adapter changes."""
+        return sum(math.prod(shape) for _, shape in self.target_modules())
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """Return the seven linear modules of one layer as path -> (out_features, in_features)."""
@@ -87,6 +92,39 @@ SHAPES: Final = {
             vocab=4096,
             shards=2,
         ),
+        # Full width, few layers: for the cost of an element, not of a model.
+        CheckpointShape(
+            name="two_layers",
+            hidden=2048,
+            intermediate=4096,
+            layers=2,
+            heads=32,
+            kv_heads=8,
+            vocab=1024,
+            shards=1,
+        ),
+        # 0.6 GB, 0.3 billion parameters.
+        CheckpointShape(
+            name="llama_0b3",
+            hidden=1024,
+            intermediate=3584,
+            layers=16,
+            heads=16,
+            kv_heads=8,
+            vocab=32_000,
+            shards=2,
+        ),
+        # 1.4 GB, 0.7 billion parameters.
+        CheckpointShape(
+            name="llama_0b7",
+            hidden=1536,
+            intermediate=4864,
+            layers=20,
+            heads=24,
+            kv_heads=8,
+            vocab=32_000,
+            shards=2,
+        ),
         # 3.5 GB: large enough that bytes dominate, small enough that base and output stay in 16 GB.
         CheckpointShape(
             name="llama_1b5",
@@ -97,6 +135,17 @@ SHAPES: Final = {
             kv_heads=8,
             vocab=128_256,
             shards=4,
+        ),
+        # 6 GB: Llama 3.2 3B's layers, with a smaller vocabulary.
+        CheckpointShape(
+            name="llama_3b",
+            hidden=3072,
+            intermediate=8192,
+            layers=28,
+            heads=24,
+            kv_heads=8,
+            vocab=32_000,
+            shards=3,
         ),
         # 13.5 GB: Llama 2 7B's own dimensions.
         CheckpointShape(
