@@ -16,11 +16,18 @@ _CANONICAL_NAN[torch.float64] = 0x7FF8000000000000
 def round_into(result: torch.Tensor, values: torch.Tensor) -> None:
     """Round `values` (float32 or float64) to the dtype of `result`, to nearest, ties to even, exactly once.
 
-    Shapes: both the same.
+    Shapes: both the same. Devices: both on the same.
     """
     if values.dtype != torch.float64 or result.dtype not in _LOW_BITS:
         result.copy_(values)
-        return
+    elif values.device.type == "cpu":
+        _round_apart(result, values)
+    else:
+        round_through_odd(result, values)
+
+
+def _round_apart(result: torch.Tensor, values: torch.Tensor) -> None:
+    """Round float64 `values` as most of them can be, by way of float32; and the few others after them."""
     # torch goes through float32, which rounds twice; that is wrong only where float32 falls on a tie of the result
     nearest = values.float()
     result.copy_(nearest)
@@ -28,6 +35,14 @@ def round_into(result: torch.Tensor, values: torch.Tensor) -> None:
     ties = torch.from_numpy(np.flatnonzero((bits & _LOW_BITS[result.dtype]) == 0))
     if len(ties):
         result.view(-1)[ties] = _round_to_odd(values.view(-1)[ties]).to(result.dtype)
+
+
+def round_through_odd(result: torch.Tensor, values: torch.Tensor) -> None:
+    """Round float64 `values` to the dtype of `result`, bfloat16 or float16: the same as `round_into`, all alike.
+
+    That suits a device, which would have to be waited for to learn which values lie on ties.
+    """
+    result.copy_(_round_to_odd(values))
 
 
 def _round_to_odd(values: torch.Tensor) -> torch.Tensor:

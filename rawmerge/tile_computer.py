@@ -15,14 +15,21 @@ from math import prod
 import torch
 
 from rawmerge.blas_threads import BlasThreads
+from rawmerge.device_tiles import updates_on
+from rawmerge.devices import Device, Lane
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import MergeError, NonFiniteTensorError, quote
+from rawmerge.large_factors import left_role
 from rawmerge.merge_plan import ReplaceTensor, Update, UpdateTensor, Window, matrix_of
 from rawmerge.methods import METHODS
 from rawmerge.methods.interface import WHOLE, PreparedUpdate, Scratch, TileContext
+from rawmerge.methods.lora import PreparedLora
+from rawmerge.methods.movable import Movable
 from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into
 from rawmerge.shared_tensors import SharedTensors
+from rawmerge.sliced_lora import SlicedLora
 from rawmerge.tensor_source import OpenFiles, TensorSource
+from rawmerge.tile_scratch import TileScratch as TileScratch  # the engine and tests take it from here
 from rawmerge.tiles import BLOCK_ELEMENTS, tile_rows
 
 
@@ -33,24 +40,8 @@ def torch_dtype(code: str) -> torch.dtype:
     return dtype
 
 
-class TileScratch:
-    """Buffers that one thread reuses for all its tiles, grown to the largest tile it meets."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def tensor(self, slot: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised tensor of (rows, columns), the same memory at every call with this slot."""
-        byte_count = shape[0] * shape[1] * dtype.itemsize
-        buffer = self._buffers.get(slot)
-        if buffer is None or buffer.numel() < byte_count:
-            # torch allocates at multiples of 64 bytes, so every dtype's view is aligned
-            buffer = self._buffers[slot] = torch.empty(byte_count, dtype=torch.uint8)
-        return buffer[:byte_count].view(dtype).view(shape)
-
-
 @dataclass(frozen=True, slots=True)
-class WindowedUpdate:
+class WindowedUpdate(Movable):
     """An update of a part of a tensor's matrix view; the update itself sees that part alone."""
 
     inner: PreparedUpdate
@@ -81,7 +72,18 @@ class TensorComputer:
         shared: SharedTensors[torch.Tensor],
         blas: BlasThreads,
         compute_dtype: str,
+        device: Device | None = None,
     ) -> None:
+        """Make the computer of a step; nothing is read yet.
+
+        Args:
+            step: what to compute.
+            files: where tensors are read from.
+            shared: the adapter's tensors that several steps use.
+            blas: the merge's thread count.
+            compute_dtype: `float32` or `float64`.
+            device: where updates are computed if they can be, None for the CPU.
+        """
         self.step = step
         self.changed = isinstance(step, ReplaceTensor)
         self._matrix = matrix_of(step)
@@ -98,6 +100,11 @@ class TensorComputer:
         # PEFT rounds some things to the base's dtype on the way; where it has no say, that would only lose precision
         is_peft = base_dtype == self._output_dtype and compute_dtype == "float32"
         self._rounding_dtype = base_dtype if is_peft else None
+        kinds = [update.kind for update in step.updates] if isinstance(step, UpdateTensor) else []
+        # float64 is rounded once only if it is rounded at all: results stored so are the CPU's own
+        place = None if self._output_dtype == torch.float64 else device
+        stored = (self._source_dtype, base_dtype, self._output_dtype)
+        self._there = updates_on(place, kinds, self._tile_dtype, stored)
         self._lock = threading.Lock()
         self._prepared: tuple[PreparedUpdate, ...] | None = None
 
@@ -113,23 +120,50 @@ class TensorComputer:
             NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
             InputChangedError: a file ended early.
         """
+        updates = self._updates()  # before the thread count is held still, which preparing may have to do itself
+        if self._there is not None:
+            result = self._there.attempt(updates, partial(self._compute_there, first_row, row_count))
+            if result is not None:
+                return _as_bytes(result)
+        return _as_bytes(self._compute_here(first_row, row_count, updates, scratch))
+
+    def _compute_here(
+        self, first_row: int, row_count: int, updates: Sequence[PreparedUpdate], scratch: TileScratch
+    ) -> torch.Tensor:
+        """Return a finished tile of one stretch, computed on the CPU."""
         shape = (row_count, self._matrix.columns)
         before = self._read_tile(first_row, shape, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
         stretch = self._matrix.stretch_at(first_row)
-        updates = self._updates()  # before the thread count is held still, which preparing may have to do itself
+        own = [updates[place] for place in stretch.updates]
         # the whole of a low product must be PEFT's own call
         is_whole = row_count == stretch.row_count and stretch.is_low
         for first, count in [(0, row_count)] if is_whole else tile_rows(*shape, BLOCK_ELEMENTS):
             block, rounded = before[first : first + count], result[first : first + count]
             # other threads' counts cost time, and more of it in spinning; so only where bits depend on it
             with self._blas.whole() if is_whole else nullcontext():
-                tile = self._update_block(
-                    block, first_row + first, [updates[place] for place in stretch.updates], scratch
-                )
+                tile = self._update_block(block, first_row + first, own, scratch)
             round_into(rounded, tile)
             self._check(rounded, tile, block)
-        return _as_bytes(result)
+        return result
+
+    def _compute_there(
+        self, first_row: int, row_count: int, lane: Lane, updates: Sequence[PreparedUpdate], elements: int
+    ) -> torch.Tensor:
+        """Return the same, computed on a device, so many elements at a time; it lies in the CPU's memory."""
+        shape = (row_count, self._matrix.columns)
+        before = self._read_tile(first_row, shape, lane.host)
+        result = lane.host.tensor("result", shape, self._output_dtype)
+        own = [updates[place] for place in self._matrix.stretch_at(first_row).updates]
+        with lane.working():
+            for first, count in tile_rows(*shape, elements):
+                block = lane.upload(before[first : first + count])
+                tile = self._update_block(block, first_row + first, own, lane.scratch)
+                rounded = lane.scratch.tensor("result", (count, shape[1]), self._output_dtype)
+                round_into(rounded, tile)
+                self._check(rounded, tile, block)
+                lane.download(rounded, result[first : first + count])
+        return result
 
     def _update_block(
         self, before: torch.Tensor, first_row: int, updates: Iterable[PreparedUpdate], scratch: TileScratch
@@ -190,7 +224,10 @@ class TensorComputer:
     def _prepare(self) -> Iterator[PreparedUpdate]:
         earlier: list[tuple[int, PreparedUpdate]] = []
         for place, update in enumerate(self.step.updates if isinstance(self.step, UpdateTensor) else ()):
-            tensors = {role: self._shared.read(source, self._read_tensor) for role, source in update.tensors.items()}
+            sliced = left_role(update) if self._there is None else ""
+            held = {role: source for role, source in update.tensors.items() if role != sliced}
+            tensors = {role: self._shared.read(source, self._read_tensor) for role, source in held.items()}
+            tensors |= {sliced: torch.empty(0)} if sliced else {}
             context = TileContext(
                 shape=self._shape_of(update.window),
                 compute_dtype=self._tile_dtype,
@@ -202,6 +239,8 @@ class TensorComputer:
             is_whole = update.reach == WHOLE or any(stretch.is_low for stretch in self._matrix.stretches)
             with self._blas.whole() if is_whole else nullcontext():
                 prepared = self._prepared_update(update, tensors, context)
+            if sliced and isinstance(prepared, PreparedLora):
+                prepared = SlicedLora(prepared, update.tensors[sliced], self._read_part)
             windowed = WindowedUpdate(prepared, update.window) if update.window else prepared
             earlier.append((place, windowed))
             yield windowed
@@ -239,6 +278,16 @@ class TensorComputer:
                 if place in self._matrix.stretch_at(first).updates:
                     update.apply(tile, first, scratch)
             yield start - part.row, tile[start - first : stop - first, part.columns(columns)]
+
+    def _read_part(self, source: TensorSource, first: int, count: int, is_columns: bool) -> torch.Tensor:
+        """Return some rows of a stored matrix, or some of its columns, as a matrix of its own."""
+        if not is_columns:
+            return self._read_tensor(source.rows(first, count))
+        part = torch.empty(source.shape[0], count, dtype=torch_dtype(source.dtype))
+        for number, row in enumerate(part):
+            offset = source.offset + (number * source.shape[1] + first) * part.itemsize
+            self._files.read_into(source.path, offset, _as_bytes(row))
+        return part
 
     def _read_tensor(self, source: TensorSource) -> torch.Tensor:
         tensor = torch.empty(source.shape, dtype=torch_dtype(source.dtype))

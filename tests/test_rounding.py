@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into
+from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into, round_through_odd
 from tests.strategies import SETTINGS
 
 
@@ -112,6 +112,31 @@ def test_every_tie_of_a_format_and_its_neighbours_are_rounded_right(target: Form
         result = torch.empty_like(patterns).view(target.dtype)
         round_into(result, ties + (ties - low) * step)
         assert torch.equal(result.view(torch.int16), expected)
+
+
+@NARROW
+@SETTINGS
+@given(st.lists(any_double | st.just(math.nan) | st.just(math.inf), min_size=1, max_size=20))
+def test_the_way_for_devices_rounds_doubles_once_too(target: Format, values: list[float]) -> None:
+    result = torch.empty(len(values), dtype=target.dtype)
+    round_through_odd(result, torch.tensor(values, dtype=torch.float64))
+    finite = [place for place, value in enumerate(values) if math.isfinite(value)]
+    assert_same([result[place].item() for place in finite], [target.nearest(values[place]) for place in finite])
+    assert [value.item() for value in result.isnan()] == [math.isnan(value) for value in values]
+    assert all(found == math.inf for found, value in zip(result.tolist(), values, strict=True) if value == math.inf)
+
+
+@NARROW
+def test_every_tie_and_its_neighbours_are_rounded_alike_both_ways(target: Format) -> None:
+    patterns = torch.arange(0x7F00 if target is BF16 else 0x7B00, dtype=torch.int16)
+    low = patterns.view(target.dtype).double()
+    ties = (low + (patterns + 1).view(target.dtype).double()) / 2
+    for step in (-(2.0**-30), 2.0**-30, 0):
+        values = torch.cat([sign * (ties + (ties - low) * step) for sign in (1, -1)])
+        result, expected = (torch.empty(len(values), dtype=target.dtype) for _ in range(2))
+        round_through_odd(result, values)
+        round_into(expected, values)
+        assert torch.equal(result.view(torch.int16), expected.view(torch.int16))
 
 
 @NARROW

@@ -8,6 +8,7 @@ loads their factors rounded to the base's. The rank in the formula is that befor
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -50,13 +51,17 @@ class AdaloraMethod:
             [number(settings, "first_rank")], dtype=context.rounding_dtype or context.compute_dtype
         )
         divisor, scaling = first_rank.to(context.compute_dtype) + 1e-5, number(settings, "scaling")
-        is_transposed = bool(settings["is_transposed"])
-
-        def product(start: int, stop: int) -> torch.Tensor:
-            delta = (left @ right[:, start:stop]).T if is_transposed else left[start:stop] @ right
-            return delta.mul_(scaling).div_(divisor)
-
+        product = partial(_rows, left, right, bool(settings["is_transposed"]), scaling, divisor)
         return row_delta(product, (context.shape[0], prod(context.shape[1:])))
+
+
+def _rows(
+    left: torch.Tensor, right: torch.Tensor, is_transposed: bool, scaling: float, divisor: torch.Tensor, *part: int
+) -> torch.Tensor:
+    """Return the delta's rows `part`, (start, stop)."""
+    rows = slice(*part)
+    delta = (left @ right[:, rows]).T if is_transposed else left[rows] @ right
+    return delta.mul_(scaling).div_(divisor)
 
 
 class AdaloraKind(AdapterKind):

@@ -8,6 +8,7 @@ whatever the config says, so that an adapter's own tensor tells how many there a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rawmerge.formats.kind_fields import KindFields, whole_number
@@ -43,16 +44,18 @@ class BoftMethod:
         scale, factors = own["s"].reshape(-1, 1), own["R"]
         blocks = cayley(0.5 * (factors - factors.transpose(2, 3)).flatten(0, 1)).view(factors.shape)
         if len(factors) == 1:
-            rotations = [(block_rotation if context.rounding_dtype is None else whole_rotation)(blocks[0])]
+            rotations: tuple[Rotation, ...] = (
+                (block_rotation if context.rounding_dtype is None else whole_rotation)(blocks[0]),
+            )
         else:
-            rotations = list(_butterflies(blocks))
+            rotations = tuple(_butterflies(blocks))
+        return PreparedChange(partial(_rotated, rotations, scale))
 
-        def change(tile: torch.Tensor, first: int) -> torch.Tensor:
-            for rotate in rotations:
-                tile = rotate(tile)
-            return tile * scale[first : first + len(tile)]
 
-        return PreparedChange(change)
+def _rotated(rotations: tuple[Rotation, ...], scale: torch.Tensor, tile: torch.Tensor, first: int) -> torch.Tensor:
+    for rotate in rotations:
+        tile = rotate(tile)
+    return tile * scale[first : first + len(tile)]
 
 
 def _butterflies(blocks: torch.Tensor) -> Iterator[Rotation]:
@@ -68,8 +71,11 @@ def _butterflies(blocks: torch.Tensor) -> Iterator[Rotation]:
 def _permuted(rotate: Rotation, order: torch.Tensor) -> Rotation:
     import torch
 
-    back = torch.argsort(order)
-    return lambda rows: rotate(rows[:, back])[:, order]
+    return partial(_reordered, rotate, order, torch.argsort(order))
+
+
+def _reordered(rotate: Rotation, order: torch.Tensor, back: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return rotate(rows[:, back])[:, order]
 
 
 def butterfly_order(columns: int, block_size: int, factor: int) -> list[int]:

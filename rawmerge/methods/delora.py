@@ -7,6 +7,7 @@ the base's dtype before it is added). The norms of the base are those that the a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from rawmerge.formats.kind_fields import KindFields, whole_number
@@ -40,12 +41,12 @@ class DeloraMethod:
         own = upcast(tensors, context)
         norms = own["a"].norm(dim=1).clamp(min=_LEAST_NORM) * own["b"].norm(dim=0).clamp(min=_LEAST_NORM)
         scaled = own["b"] * (own["lambda"] / number(settings, "rank") / norms)
-
-        def product(start: int, stop: int) -> torch.Tensor:
-            delta: torch.Tensor = scaled[start:stop] @ own["a"]
-            return delta.mul_(own["w_norm"])
-
+        product = partial(_rows, scaled, own["a"], own["w_norm"])
         return row_delta(product, (len(scaled), len(own["w_norm"])), context.rounding_dtype)
+
+
+def _rows(left: torch.Tensor, right: torch.Tensor, norms: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return (left[start:stop] @ right).mul_(norms)
 
 
 class DeloraKind(AdapterKind):

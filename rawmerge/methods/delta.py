@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rawmerge.methods.interface import Scratch, TileContext
 from rawmerge.methods.lora import WHOLE_ELEMENTS
+from rawmerge.methods.movable import Movable
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedDelta:
+class PreparedDelta(Movable):
     """A delta that is added.
 
     Attributes:
@@ -36,7 +38,7 @@ class PreparedDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedChange:
+class PreparedChange(Movable):
     """Rows that are computed from the base's.
 
     Attributes:
@@ -52,7 +54,10 @@ class PreparedChange:
 
 
 def whole_delta(delta: torch.Tensor, rounding_dtype: torch.dtype | None = None) -> PreparedDelta:
-    """Return the update that adds a delta that is in memory whole, of any shape whose first dimension is the base's."""
+    """Return the update that adds a delta that is in memory whole, of any shape whose first dimension is the base's.
+
+    It stays on the CPU: a whole tensor in an accelerator's memory would be the largest thing there, for a mere sum.
+    """
     matrix = delta.reshape(delta.shape[0], -1)
     return PreparedDelta(lambda start, stop: matrix[start:stop], rounding_dtype)
 
@@ -70,14 +75,20 @@ def row_delta(
 ) -> PreparedDelta:
     """Return the update that adds a product whose rows can be had apart; low products are computed once, whole.
 
+    It can be moved to an accelerator if `product` is a partial of a function without a closure.
+
     Args:
         product: returns rows `start` to `stop` of the delta as the base is stored.
         shape: rows and columns of the delta.
         rounding_dtype: dtype to which the delta is rounded before it is added, or None.
     """
     if shape[0] * shape[1] <= WHOLE_ELEMENTS:
-        return whole_delta(product(0, shape[0]), rounding_dtype)
+        return PreparedDelta(partial(_rows_of, product(0, shape[0])), rounding_dtype)
     return PreparedDelta(product, rounding_dtype)
+
+
+def _rows_of(matrix: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return matrix[start:stop]
 
 
 def upcast(tensors: Mapping[str, torch.Tensor], context: TileContext) -> dict[str, torch.Tensor]:

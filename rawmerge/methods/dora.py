@@ -26,6 +26,7 @@ from rawmerge.methods.interface import (
     number,
 )
 from rawmerge.methods.lora import PreparedLora
+from rawmerge.methods.movable import Movable
 from rawmerge.methods.row_magnitude import PreparedMagnitude
 from rawmerge.tiles import BLOCK_ELEMENTS
 
@@ -67,7 +68,7 @@ class DoraColumnsMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedColumns:
+class PreparedColumns(Movable):
     """An update that adds a delta, and scales columns after it.
 
     Attributes:

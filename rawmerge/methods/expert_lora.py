@@ -20,6 +20,7 @@ from rawmerge.methods.interface import (
     number,
 )
 from rawmerge.methods.lora import WHOLE_ELEMENTS, check_gathered
+from rawmerge.methods.movable import Movable
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ class ExpertLoraMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedExperts:
+class PreparedExperts(Movable):
     """The pairs of one expert or of all, in compute dtype, as factors of a delta that lies as the base does.
 
     Attributes:

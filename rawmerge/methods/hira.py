@@ -24,6 +24,7 @@ from rawmerge.methods.interface import (
     TileContext,
 )
 from rawmerge.methods.lora import PreparedLora
+from rawmerge.methods.movable import Movable
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class HiraMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedHira:
+class PreparedHira(Movable):
     """Scales that are made as LoRA's delta is.
 
     Attributes:

@@ -7,6 +7,7 @@ The chain is made as a matrix first, as PEFT does, for its roundings are part of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from rawmerge.formats.kind_fields import KindFields, switch, whole_number
@@ -39,7 +40,11 @@ class HraMethod:
         """Return the update; the one tensor is (in, reflections)."""
         (vectors,) = upcast(tensors, context).values()
         matrix = _orthogonalised(vectors) if settings["is_orthogonalised"] else _chain(vectors)
-        return PreparedChange(lambda tile, first: tile @ matrix)  # noqa: ARG005  # all rows alike
+        return PreparedChange(partial(_reflected, matrix))
+
+
+def _reflected(matrix: torch.Tensor, tile: torch.Tensor, first: int) -> torch.Tensor:  # noqa: ARG001  # all rows alike
+    return tile @ matrix
 
 
 def _chain(vectors: torch.Tensor) -> torch.Tensor:

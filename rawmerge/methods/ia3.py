@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rawmerge.formats.adapter_values import MAX_REPEATS, may_explode
@@ -39,8 +40,11 @@ class RowScaleMethod:
     ) -> PreparedUpdate:
         """Return the update; the one tensor holds a number for each row."""
         (scale,) = upcast(tensors, context).values()
-        column = scale.reshape(-1, 1)
-        return PreparedChange(lambda tile, first: tile * column[first : first + len(tile)])
+        return PreparedChange(partial(_with_rows_scaled, scale.reshape(-1, 1)))
+
+
+def _with_rows_scaled(column: torch.Tensor, tile: torch.Tensor, first: int) -> torch.Tensor:
+    return tile * column[first : first + len(tile)]
 
 
 class ColumnScaleMethod:
@@ -56,14 +60,14 @@ class ColumnScaleMethod:
         (scale,) = upcast(tensors, context).values()
         outputs, inputs = context.shape[:2]
         groups = scale.numel() // inputs
-        by_group = scale.reshape(groups, 1, inputs, 1)
+        return PreparedChange(partial(_with_columns_scaled, scale.reshape(groups, 1, inputs, 1), outputs))
 
-        def change(tile: torch.Tensor, first: int) -> torch.Tensor:
-            group_of_row = [row * groups // outputs for row in range(first, first + len(tile))] if groups > 1 else [0]
-            factors = by_group[group_of_row, 0]
-            return (tile.view(len(tile), inputs, -1) * factors).view(tile.shape)
 
-        return PreparedChange(change)
+def _with_columns_scaled(by_group: torch.Tensor, outputs: int, tile: torch.Tensor, first: int) -> torch.Tensor:
+    """Return rows whose inputs are scaled by the numbers of the row's group, of which `by_group` has one for each."""
+    groups, inputs = by_group.shape[0], by_group.shape[2]
+    group_of_row = [row * groups // outputs for row in range(first, first + len(tile))] if groups > 1 else [0]
+    return (tile.view(len(tile), inputs, -1) * by_group[group_of_row, 0]).view(tile.shape)
 
 
 class Ia3Kind(AdapterKind):

@@ -8,7 +8,8 @@ Source: kohya-ss/sd-scripts `networks/merge_lora.py` `merge_to_sd_model`; LyCORI
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -27,6 +28,7 @@ from rawmerge.methods.interface import (
     number,
 )
 from rawmerge.methods.loha import LohaMethod
+from rawmerge.methods.lokr import kronecker_rows
 from rawmerge.methods.lora import PreparedLora
 from rawmerge.methods.row_magnitude import PreparedMagnitude
 
@@ -76,7 +78,7 @@ class KohyaLokrMethod:
         """Return the update; kernels of convolutions count as columns of the second factor."""
         own, scaling = upcast(tensors, context), number(settings, "scaling")
         first = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
-        product = _kronecker_rows(first, _second_factor(own).flatten(1), scaling)
+        product = partial(kronecker_rows, first, _second_factor(own).flatten(1), scaling)
         return _decomposed(row_delta(product, (context.shape[0], prod(context.shape[1:]))), own)
 
 
@@ -89,18 +91,6 @@ def _second_factor(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "lokr_t2" in own:
         return torch.einsum("i j ..., i p, j r -> p r ...", own["lokr_t2"], own["lokr_w2_a"], own["lokr_w2_b"])
     return own["lokr_w2_a"] @ own["lokr_w2_b"].flatten(1)
-
-
-def _kronecker_rows(first: torch.Tensor, second: torch.Tensor, scaling: float) -> Callable[[int, int], torch.Tensor]:
-    """Return what computes rows of `kron(first, second)`: row i is that of first's i // n and second's i % n."""
-    import torch
-
-    def rows(start: int, stop: int) -> torch.Tensor:
-        row = torch.arange(start, stop)
-        left, right = first[row // len(second)], second[row % len(second)]
-        return (left[:, :, None] * right[:, None, :]).flatten(1).mul_(scaling)
-
-    return rows
 
 
 def _decomposed(delta: PreparedUpdate, own: Mapping[str, torch.Tensor]) -> PreparedUpdate:

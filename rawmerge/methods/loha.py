@@ -7,6 +7,7 @@ Source: PEFT 0.21.2 `tuners/loha/layer.py`: `HadaWeight.forward`, `HadaWeightCP.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -46,11 +47,14 @@ class LohaMethod:
 
 
 def _row_local(own: Mapping[str, torch.Tensor], scaling: float) -> PreparedDelta:
-    def product(start: int, stop: int) -> torch.Tensor:
-        first = own["w1_a"][start:stop] @ own["w1_b"]
-        return first.mul_(own["w2_a"][start:stop] @ own["w2_b"]).mul_(scaling)
-
+    product = partial(_rows, tuple(own[role] for role in _FACTORS), scaling)
     return row_delta(product, (own["w1_a"].shape[0], own["w1_b"].shape[1]))
+
+
+def _rows(factors: tuple[torch.Tensor, ...], scaling: float, start: int, stop: int) -> torch.Tensor:
+    """Return rows of the delta, given w1_a, w1_b, w2_a, w2_b."""
+    first = factors[0][start:stop] @ factors[1]
+    return first.mul_(factors[2][start:stop] @ factors[3]).mul_(scaling)
 
 
 def _rebuilt(kernel: torch.Tensor, out_factor: torch.Tensor, in_factor: torch.Tensor) -> torch.Tensor:

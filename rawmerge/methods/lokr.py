@@ -7,6 +7,7 @@ Source: PEFT 0.21.2 `tuners/lokr/layer.py`: `LoKrLayer.get_delta_weight`, `make_
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -60,14 +61,16 @@ def _product(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _row_local(first: torch.Tensor, second: torch.Tensor, scaling: float) -> PreparedDelta:
     """Return the update that adds kron(first, second), both matrices; an element of it is a product of two alone."""
+    return PreparedDelta(partial(kronecker_rows, first, second, scaling))
+
+
+def kronecker_rows(first: torch.Tensor, second: torch.Tensor, scaling: float, start: int, stop: int) -> torch.Tensor:
+    """Return rows of scaled `kron(first, second)`: row i is that of first's i // n and second's i % n."""
     import torch
 
-    def rows(start: int, stop: int) -> torch.Tensor:
-        row = torch.arange(start, stop)
-        left, right = first[row // len(second)], second[row % len(second)]
-        return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1).mul_(scaling)
-
-    return PreparedDelta(rows)
+    row = torch.arange(start, stop, device=first.device)
+    left, right = first[row // len(second)], second[row % len(second)]
+    return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1).mul_(scaling)
 
 
 class LokrKind(AdapterKind):

@@ -20,6 +20,7 @@ from rawmerge.methods.interface import (
     TileContext,
     number,
 )
+from rawmerge.methods.movable import Movable
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ class LoraMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedLora:
+class PreparedLora(Movable):
     """A LoRA pair in compute dtype.
 
     Attributes:

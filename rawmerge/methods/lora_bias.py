@@ -19,6 +19,7 @@ from rawmerge.methods.interface import (
     TileContext,
     number,
 )
+from rawmerge.methods.movable import Movable
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ class LoraBiasMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedBias:
+class PreparedBias(Movable):
     """A scaled bias: `delta` (out, 1) in compute dtype."""
 
     delta: torch.Tensor

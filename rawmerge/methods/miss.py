@@ -7,6 +7,7 @@ Source: PEFT 0.21.2 `tuners/miss/layer.py` `MissLayer.update_layer` (shapes), `M
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from rawmerge.formats.kind_fields import KindFields, one_of, whole_number
@@ -43,11 +44,14 @@ class MissMethod:
 
         block = upcast(tensors, context)["block"].T
         columns = torch.arange(context.shape[1]) % block.shape[1]
+        return PreparedDelta(partial(_repeated, block, columns))
 
-        def rows(start: int, stop: int) -> torch.Tensor:
-            return block[torch.arange(start, stop) % len(block)][:, columns]
 
-        return PreparedDelta(rows)
+def _repeated(block: torch.Tensor, columns: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return rows of the block repeated along the outputs, its columns in the order that repeats them."""
+    import torch
+
+    return block[torch.arange(start, stop, device=block.device) % len(block)][:, columns]
 
 
 class BatMethod:
@@ -61,27 +65,25 @@ class BatMethod:
     ) -> PreparedUpdate:
         """Return the update; `block` is (out / r, r, r)."""
         block = upcast(tensors, context)["block"]
-        return PreparedChange(lambda tile, first: tile + _bat_delta(tile, first, block))
+        return PreparedChange(partial(_with_bat_delta, block))
 
 
-def _bat_delta(tile: torch.Tensor, first_row: int, block: torch.Tensor) -> torch.Tensor:
-    """Return the delta of rows (rows, columns) that may begin or end inside a block.
+def _with_bat_delta(block: torch.Tensor, tile: torch.Tensor, first_row: int) -> torch.Tensor:
+    """Return rows (rows, columns), which may begin or end inside a block, with their delta.
 
     Rows that a block lacks are filled with zeros, so that all products have PEFT's shape, and so its bits.
     """
-    import torch
-
     rank, columns = block.shape[-1], tile.shape[1]
     first, stop = first_row // rank, -(-(first_row + len(tile)) // rank)
     own = block[first:stop]
     start = first_row - first * rank
     whole = tile
     if start or len(tile) % rank:
-        whole = torch.zeros(len(own) * rank, columns, dtype=tile.dtype)
+        whole = tile.new_zeros(len(own) * rank, columns)
         whole[start : start + len(tile)] = tile
     blocks = whole.reshape(len(own), rank, columns // rank, rank).permute(2, 0, 1, 3)
     delta = blocks @ own + own
-    return delta.permute(1, 2, 0, 3).reshape(whole.shape)[start : start + len(tile)]
+    return tile + delta.permute(1, 2, 0, 3).reshape(whole.shape)[start : start + len(tile)]
 
 
 class MissKind(AdapterKind):

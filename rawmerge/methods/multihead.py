@@ -21,6 +21,7 @@ from rawmerge.methods.interface import (
     UnmergeableError,
 )
 from rawmerge.methods.lora import LoraMethod, PreparedLora
+from rawmerge.methods.movable import Movable
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class TwiceMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedTwice:
+class PreparedTwice(Movable):
     """A delta that is added twice.
 
     Attributes:

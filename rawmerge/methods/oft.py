@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import isqrt
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -27,7 +28,7 @@ from rawmerge.methods.interface import (
     UnmergeableError,
     number,
 )
-from rawmerge.methods.rotation import block_rotation, cayley, rotation_bytes, whole_rotation
+from rawmerge.methods.rotation import Rotation, block_rotation, cayley, rotation_bytes, whole_rotation
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,11 @@ class OftMethod:
         blocks = blocks.expand(int(number(settings, "block_count")), *blocks.shape[1:])
         make = block_rotation if context.rounding_dtype is None else whole_rotation
         rotate = make(blocks, is_embedding=bool(settings["is_embedding"]))
-        return PreparedChange(lambda tile, first: rotate(tile))  # noqa: ARG005  # all rows alike
+        return PreparedChange(partial(_rotated, rotate))
+
+
+def _rotated(rotate: Rotation, tile: torch.Tensor, first: int) -> torch.Tensor:  # noqa: ARG001  # all rows alike
+    return rotate(tile)
 
 
 def _skew(upper: torch.Tensor, size: int) -> torch.Tensor:

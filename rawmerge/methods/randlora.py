@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 
 from rawmerge.formats.kind_fields import KindFields, finite_number, switch, whole_number
 from rawmerge.methods.delta import row_delta
@@ -57,30 +57,26 @@ class RandloraMethod:
         update_a = update_a.mul_(scales[None]).flatten(0, 1)
         update_b = basis_b[:high, : len(scales)].to(dtype).flatten(1)
         outputs, inputs = context.shape[::-1] if is_transposed else context.shape
-        product = _product(update_a, update_b, inputs <= outputs, is_transposed)
-        scaling = number(settings, "scaling")
-        shape = (context.shape[0], context.shape[1])
-        return row_delta(lambda start, stop: product(start, stop) * scaling, shape, context.rounding_dtype)
+        rows = _PRODUCTS[inputs <= outputs, is_transposed]
+        product = partial(_scaled, rows, update_a, update_b, number(settings, "scaling"))
+        return row_delta(product, (context.shape[0], context.shape[1]), context.rounding_dtype)
 
 
-def _product(
-    update_a: torch.Tensor, update_b: torch.Tensor, is_high: bool, is_transposed: bool
-) -> Callable[[int, int], torch.Tensor]:
-    """Return what computes rows of the unscaled delta as the base is stored, as PEFT's own product does.
+def _scaled(
+    rows: _Rows, update_a: torch.Tensor, update_b: torch.Tensor, scaling: float, start: int, stop: int
+) -> torch.Tensor:
+    return rows(update_a, update_b, slice(start, stop)) * scaling
 
-    Args:
-        update_a: (rank * bases, lower dimension).
-        update_b: (higher dimension, rank * bases).
-        is_high: whether inputs are the lower dimension.
-        is_transposed: whether the base is stored (in, out).
-    """
-    if is_high and is_transposed:
-        return lambda start, stop: update_a.T[start:stop] @ update_b.T
-    if is_high:
-        return lambda start, stop: (update_a.T @ update_b[start:stop].T).T
-    if is_transposed:
-        return lambda start, stop: update_b[start:stop] @ update_a
-    return lambda start, stop: (update_b @ update_a[:, start:stop]).T
+
+#: Given updates A (rank * bases, lower dimension) and B (higher dimension, rank * bases): rows of the unscaled delta.
+_Rows: TypeAlias = "Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]"
+#: As PEFT's own product goes: whether inputs are the lower dimension, and whether the base is stored (in, out).
+_PRODUCTS: Final[dict[tuple[bool, bool], _Rows]] = {
+    (True, True): lambda a, b, rows: a.T[rows] @ b.T,
+    (True, False): lambda a, b, rows: (a.T @ b[rows].T).T,
+    (False, True): lambda a, b, rows: b[rows] @ a,
+    (False, False): lambda a, b, rows: (b @ a[:, rows]).T,
+}
 
 
 def _drawn(settings: Mapping[str, Setting], context: TileContext) -> list[torch.Tensor]:

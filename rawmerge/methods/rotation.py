@@ -7,6 +7,7 @@ into parts that are added up, and where a block lies across a cut, a product of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -23,12 +24,15 @@ def whole_rotation(blocks: torch.Tensor, *, is_embedding: bool = False) -> Rotat
         blocks: (blocks, size, size), in compute dtype.
         is_embedding: rows are multiplied from the right.
     """
-    import torch
+    return partial(_times_embedded if is_embedding else _times, _block_diagonal(blocks))
 
-    matrix = _block_diagonal(blocks)
-    if is_embedding:
-        return lambda rows: rows @ matrix
-    return lambda rows: torch.mm(matrix, rows.t()).t()
+
+def _times_embedded(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return rows @ matrix
+
+
+def _times(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return (matrix @ rows.t()).t()
 
 
 def _block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
@@ -43,16 +47,14 @@ def _block_diagonal(blocks: torch.Tensor) -> torch.Tensor:
 
 def block_rotation(blocks: torch.Tensor, *, is_embedding: bool = False) -> Rotation:
     """Return the same, computed block by block."""
+    return partial(_times_blocks, blocks if is_embedding else blocks.transpose(1, 2))
+
+
+def _times_blocks(right: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     import torch
 
-    right = blocks if is_embedding else blocks.transpose(1, 2)
-    count, size = blocks.shape[:2]
-
-    def rotate(rows: torch.Tensor) -> torch.Tensor:
-        parts = rows.reshape(-1, count, size).transpose(0, 1)
-        return torch.bmm(parts, right).transpose(0, 1).reshape(rows.shape)
-
-    return rotate
+    parts = rows.reshape(-1, *right.shape[:2]).transpose(0, 1)
+    return torch.bmm(parts, right).transpose(0, 1).reshape(rows.shape)
 
 
 def cayley(skew: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rawmerge.methods.interface import PreparedUpdate, Scratch
+from rawmerge.methods.movable import Movable
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedMagnitude:
+class PreparedMagnitude(Movable):
     """An update that adds a delta, and rows scaled to trained norms after it.
 
     Attributes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from rawmerge.methods.interface import ModuleFacts, Scratch, Setting, Shape, ShapeMismatchError, TileContext
+from rawmerge.methods.movable import Movable
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class TokenRowsMethod:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedRows:
+class PreparedRows(Movable):
     """Rows that replace the base's.
 
     Attributes:
