@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from queue import SimpleQueue
+from typing import NamedTuple, TypeAlias
 
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.shard_writer import OutputFile
@@ -50,6 +51,14 @@ class ShardInWork:
     all_submitted: bool = False
 
 
+class FinishedJob(NamedTuple):
+    """A job that is over, and what it raised."""
+
+    job: Job
+    shard: ShardInWork
+    error: BaseException | None
+
+
 @dataclass(slots=True)
 class RunningJobs:
     """The jobs in flight, and what their completion leads to; used by the calling thread alone."""
@@ -58,8 +67,10 @@ class RunningJobs:
     report: ProgressCallback | None
     syncer: ThreadPoolExecutor
     limit: int
+    gives_up_pages: bool = False
     done_bytes: int = 0
-    flying: dict[Future[None], tuple[Job, ShardInWork]] = field(default_factory=dict)
+    flying: int = 0
+    finished: SimpleQueue[FinishedJob] = field(default_factory=SimpleQueue)
     syncing: list[Future[None]] = field(default_factory=list)
     shards: list[ShardInWork] = field(default_factory=list)
 
@@ -77,10 +88,11 @@ class RunningJobs:
     def submit(self, workers: ThreadPoolExecutor, shard: ShardInWork, jobs: Iterable[Job]) -> None:
         """Start the jobs, as many at a time as the limit allows."""
         for job in jobs:
-            while len(self.flying) >= self.limit:
+            while self.flying >= self.limit:
                 self._collect()
             shard.open_jobs += 1
-            self.flying[workers.submit(job.call)] = (job, shard)
+            self.flying += 1
+            workers.submit(self._work, job, shard)
 
     def drain(self) -> None:
         """Wait until everything is written and durable."""
@@ -95,18 +107,27 @@ class RunningJobs:
         for shard in self.shards:
             shard.file.close()
 
+    def _work(self, job: Job, shard: ShardInWork) -> None:
+        """Do a job, in a worker's thread; a queue costs less than waiting for any of several futures."""
+        error: BaseException | None = None
+        try:
+            job.call()
+        except BaseException as raised:  # raised again in the calling thread
+            error = raised
+        self.finished.put(FinishedJob(job, shard, error))
+
     def _collect(self) -> None:
-        finished, _ = wait(self.flying, return_when=FIRST_COMPLETED)
-        for future in finished:
-            job, shard = self.flying.pop(future)
-            future.result()
-            self.done_bytes += job.byte_count
-            shard.open_jobs -= 1
-            self._finish_if_done(shard)
-            if self.report:
-                self.report(Progress(self.done_bytes, self.total_bytes, job.tensor_name, shard.plan.name))
+        job, shard, error = self.finished.get()
+        self.flying -= 1
+        if error is not None:
+            raise error
+        self.done_bytes += job.byte_count
+        shard.open_jobs -= 1
+        self._finish_if_done(shard)
+        if self.report:
+            self.report(Progress(self.done_bytes, self.total_bytes, job.tensor_name, shard.plan.name))
 
     def _finish_if_done(self, shard: ShardInWork) -> None:
         if shard.all_submitted and shard.open_jobs == 0:
             # waits for the disk beside the next shard's work
-            self.syncing.append(self.syncer.submit(shard.file.finish))
+            self.syncing.append(self.syncer.submit(shard.file.finish, gives_up_pages=self.gives_up_pages))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, TypedDict
@@ -10,11 +11,12 @@ from typing import Final, TypedDict
 MECHANISMS: Final = {
     "kernel": "plain LoRA is merged by rawmerge's own compiled code where its bits are torch's; else by torch",
     "reflink": "the whole shard is cloned where the file system can, and only changed tensors are written",
+    "read-ahead": "the system reads further ahead than it would of itself",
     "preallocation": "the space of a shard is allocated before it is written",
     "early-sync": "the disk starts writing while a shard is still being computed",
     "early-import": "torch is imported while kept tensors are copied",
 }
-DEVICES: Final = ("cpu", "cuda", "mps")
+DEVICE_NAMES: Final = r"cpu|mps|cuda(:\d{1,3})?"
 
 
 class RunChoices(TypedDict, total=False):
@@ -67,8 +69,8 @@ class RunOptions:
                 raise ValueError(f"{name} must be positive, not {value}")
         if unknown := sorted(set(self.without) - set(MECHANISMS)):
             raise ValueError(f"without: expected some of {', '.join(MECHANISMS)}, not {', '.join(unknown)}")
-        if self.device.partition(":")[0] not in DEVICES:
-            raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device}")
+        if not re.fullmatch(DEVICE_NAMES, self.device):
+            raise ValueError(f"device must be cpu, cuda, cuda:1 (or another number) or mps, not {self.device!r}")
 
     def uses(self, mechanism: str) -> bool:
         """Whether one of `MECHANISMS` may be used."""

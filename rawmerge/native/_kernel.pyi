@@ -1,0 +1,25 @@
+from typing_extensions import Buffer
+
+LEVEL: int
+PANEL: int
+CHANGED: int
+CARE: int
+
+def merge(
+    stored: Buffer,
+    result: Buffer,
+    left: Buffer,
+    right: Buffer,
+    sizes: tuple[int, int, int, int],
+    scale: float,
+    in_dtype: int,
+    out_dtype: int,
+    delta_dtype: int,
+    is_double: bool,
+    finds_changes: bool,
+    level: int,
+    /,
+) -> int: ...
+def pack(
+    stored: Buffer, packed: Buffer, dtype: int, sizes: tuple[int, int, int, int], is_right: bool, is_double: bool, /
+) -> None: ...

@@ -1,0 +1,51 @@
+/* What the instruction sets' files share: one tile of rows to merge, and the element types it may be stored in. */
+#ifndef RAWMERGE_TILE_H
+#define RAWMERGE_TILE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum dtype { BF16 = 0, F16 = 1, F32 = 2 };
+
+/* Columns of a packed right factor that lie together, for every instruction set and both precisions. */
+#define PANEL 64
+
+/* What merging a tile found out. */
+#define CHANGED 1 /* an element differs from what it was */
+#define CARE 2    /* a value is not finite, overflows, or cannot be rounded here; the result is of no use */
+
+/* out = round(in + (left @ right) * scale), element by element:
+   the product is a chain of fused multiply-adds over k, in blocks of `block`, whose sums are added up in order. */
+struct tile {
+    const void *in;    /* (rows, columns), stored */
+    void *out;         /* (rows, columns); may be `in` where both have the same size of element */
+    const void *left;  /* (rows, rank), float or double */
+    const void *right; /* (panels, rank, PANEL), float or double, padded with zeros */
+    ptrdiff_t rows, columns, rank, block;
+    double scale;
+    int in_dtype, out_dtype;
+    int delta_dtype; /* dtype that the scaled product is rounded to before it is added; -1: none */
+    int finds_changes;
+};
+
+typedef int merge_tile(const struct tile *);
+
+merge_tile merge_float_avx512, merge_double_avx512, merge_float_avx2, merge_double_avx2;
+
+/* Bits of the lowest absolute float that is stored as infinity, or is no number. */
+static inline uint32_t too_high(int dtype) {
+    return dtype == BF16 ? 0x7f7f8000u : dtype == F16 ? 0x477ff000u : 0x7f800000u;
+}
+
+/* Whether one is too high, or, among `lowest` (absolute bits less one), a subnormal float that was rounded before. */
+static inline int any_extreme(const uint32_t *highest, const uint32_t *lowest, int count, int dtype) {
+    for (int i = 0; i < count; i++) {
+        if (highest[i] >= too_high(dtype)) return 1;
+        if (lowest && dtype != F32 && lowest[i] < 0x007fffffu) return 1;
+    }
+    return 0;
+}
+
+static inline size_t dtype_size(int dtype) { return dtype == F32 ? 4 : 2; }
+
+#endif

@@ -1,0 +1,92 @@
+"""One plain pair being merged by the compiled kernel: its right factor packed, its tiles read and merged."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+from rawmerge.dtypes import DTYPES
+from rawmerge.factor_parts import left_rows, right_factor, tile_height
+from rawmerge.native.pair_kernel import PairKernel, anonymous_memory
+from rawmerge.plain_pairs import PlainPair
+from rawmerge.tensor_source import OpenFiles
+
+#: What the other path makes of the same rows of the same tensor.
+Careful = Callable[[int, int], memoryview]
+
+
+class PairScratch:
+    """Buffers that one thread reuses for all its tiles, grown to the largest tile it meets."""
+
+    def __init__(self) -> None:
+        self._buffers = dict.fromkeys(("stored", "result", "factor", "left"), memoryview(b""))
+
+    def bytes(self, slot: str, byte_count: int) -> memoryview:
+        """Return uninitialised memory, the same at every call with this slot."""
+        if len(self._buffers[slot]) < byte_count:
+            self._buffers[slot] = memoryview(b"")  # the smaller one goes first
+            self._buffers[slot] = anonymous_memory(byte_count)
+        return self._buffers[slot][:byte_count]
+
+
+class PairComputer:
+    """Merges the tiles of one plain pair, in any order, from any thread.
+
+    Attributes:
+        changed: whether an element is known to differ from what it was before.
+        row_bytes: of a finished row.
+    """
+
+    def __init__(self, pair: PlainPair, block: int, files: OpenFiles, careful: Careful) -> None:
+        """Prepare nothing yet.
+
+        Args:
+            pair: what is merged.
+            block: with which the kernel has torch's bits.
+            files: what base and adapter are read through.
+            careful: computes a tile that the kernel leaves, for overflow and the like.
+        """
+        self.changed = False
+        self.row_bytes = DTYPES[pair.recipe.result].byte_count(pair.recipe.columns)
+        self._pair = pair
+        self._block = block
+        self._files = files
+        self._careful = careful
+        self._lock = threading.Lock()
+        self._right: memoryview | None = None
+
+    def tiles(self, tile_elements: int) -> Iterator[tuple[int, int]]:
+        """Yield (first row, row count); the kernel's bits do not depend on how a matrix is cut."""
+        recipe = self._pair.recipe
+        height = tile_height(recipe, tile_elements)
+        for first in range(0, recipe.rows, height):
+            yield first, min(height, recipe.rows - first)
+
+    def compute(self, first_row: int, row_count: int, scratch: PairScratch) -> memoryview:
+        """Return the merged bytes of some rows; they stay valid until the thread's next tile.
+
+        Raises:
+            NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
+            InputChangedError: a file ended early.
+        """
+        right = self._prepared(scratch)
+        recipe, source = self._pair.recipe, self._pair.step.source
+        row_bytes = DTYPES[recipe.stored].byte_count(recipe.columns)
+        stored = scratch.bytes("stored", row_count * row_bytes)
+        self._files.read_into(source.path, source.offset + first_row * row_bytes, stored)
+        result_bytes = row_count * self.row_bytes
+        # in place where it fits, to stay in the processor's cache
+        result = stored if result_bytes == len(stored) else scratch.bytes("result", result_bytes)
+        left = left_rows(self._pair, self._files, (first_row, row_count), scratch)
+        kernel = PairKernel(recipe, self._block, self._pair.scaling, left, right)
+        changed, needs_care = kernel.merge(stored, result, (0, row_count), finds_changes=not self.changed)
+        if needs_care:
+            return self._careful(first_row, row_count)
+        self.changed = self.changed or changed
+        return result
+
+    def _prepared(self, scratch: PairScratch) -> memoryview:
+        with self._lock:
+            if self._right is None:
+                self._right = right_factor(self._pair, self._files, scratch)
+            return self._right

@@ -1,0 +1,305 @@
+"""The compiled kernel beside torch and exact arithmetic: every bit, every flag, on each instruction set there is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rawmerge.blas_threads import BlasThreads
+from rawmerge.calibration import find_block
+from rawmerge.native import PANEL, kernel
+from rawmerge.native.pair_kernel import PairKernel, pack_factor
+from rawmerge.native.recipe import Recipe
+from tests.builders import raw
+
+pytestmark = pytest.mark.skipif(kernel() is None, reason="the kernel is not compiled, or not for this processor")
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+LEVELS = range(1, (kernel().LEVEL if kernel() else 0) + 1)  # type: ignore[union-attr]
+
+
+def make_recipe(rows: int, columns: int, rank: int, stored: str = "BF16", **fields: Any) -> Recipe:
+    plain = {"is_transposed": False, "is_double": False, "result": stored, "rounds_delta": False}
+    return Recipe(rows=rows, columns=columns, rank=rank, stored=stored, **(plain | fields))
+
+
+def values(recipe: Recipe, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return base (rows, columns), left (rows, rank) and right (columns, rank)."""
+    random = torch.Generator().manual_seed(seed)
+    base = torch.randn(recipe.rows, recipe.columns, generator=random).to(DTYPES[recipe.stored])
+    return base, *(torch.randn(n, recipe.rank, generator=random) for n in (recipe.rows, recipe.columns))
+
+
+def view(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def merged(
+    recipe: Recipe,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scaling: float = 1.3,
+    block: int = 0,
+    level: int = 0,
+    height: int = 0,
+) -> tuple[torch.Tensor, bool, bool]:
+    """Return what the kernel makes of all rows, `height` at a time, and its two answers."""
+    base, left, right = tensors
+    packed = [
+        pack_factor(view(factor), "F32", tuple(factor.shape), is_right=is_right, is_double=recipe.is_double)
+        for factor, is_right in ((left, False), (right, True))
+    ]
+    pair = PairKernel(recipe, block or recipe.rank, scaling, *packed, level=level)
+    result = torch.empty(base.shape, dtype=DTYPES[recipe.result])
+    answers = [
+        pair.merge(view(base[at : at + count]), view(result[at : at + count]), (at, count), finds_changes=True)
+        for at in range(0, recipe.rows, height or recipe.rows)
+        for count in [min(height or recipe.rows, recipe.rows - at)]
+    ]
+    return result, any(changed for changed, _ in answers), any(care for _, care in answers)
+
+
+def by_float64(
+    recipe: Recipe, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scaling: float
+) -> torch.Tensor:
+    """Return the sum in float64."""
+    base, left, right = (tensor.double() for tensor in tensors)
+    return base + (left @ right.T) * scaling
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(64, 96, 4), (96, 96, 5), (130, 70, 16), (67, 331, 3), (1, 200, 8), (200, 1, 8), (6, 64, 1), (7, 65, 200)]
+)
+def test_the_result_is_the_float32_sum_rounded_once(shape: tuple[int, int, int], stored: str, level: int) -> None:
+    recipe = make_recipe(*shape, stored)
+    tensors = values(recipe)
+    result, changed, care = merged(recipe, tensors, level=level)
+    assert changed
+    assert not care
+    exact = by_float64(recipe, tensors, 1.3)
+    # float32 sums of `rank` terms, then one rounding to the result's own precision
+    slack = (tensors[1].abs().double() @ tensors[2].abs().double().T) * 1.3 * (recipe.rank + 2) * 2**-24
+    step = torch.finfo(DTYPES[stored]).eps
+    assert ((result.double() - exact).abs() <= slack + exact.abs() * step).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("result", DTYPES)
+def test_float64_rounds_the_exact_sum_once(stored: str, result: str, level: int) -> None:
+    recipe = make_recipe(7, 70, 5, stored, result=result, is_double=True)
+    base, left, right = values(recipe)
+    # few bits: the sums are exact in float64, so that what is left is the one rounding
+    left, right = (left * 8).round() / 64, (right * 8).round() / 4096
+    found, _, _ = merged(recipe, (base, left, right), scaling=1.375, level=level)
+    for row in range(recipe.rows):
+        for column in range(0, recipe.columns, 3):
+            exact = Fraction(float(base[row, column])) + Fraction(11, 8) * sum(
+                Fraction(float(a)) * Fraction(float(b)) for a, b in zip(left[row], right[column], strict=True)
+            )
+            assert is_nearest(Fraction(float(found[row, column])), exact, found[row, column])
+
+
+def is_nearest(found: Fraction, exact: Fraction, stored: torch.Tensor) -> bool:
+    """Whether no neighbour of the stored value is nearer to the exact one; on a tie, the last bit must be even."""
+    bits = stored.reshape(1).view({2: torch.int16, 4: torch.int32}[stored.element_size()])
+    for step in (-1, 1):
+        neighbour = Fraction(float((bits + step).view(stored.dtype)[0]))
+        if abs(neighbour - exact) < abs(found - exact):
+            return False
+        if abs(neighbour - exact) == abs(found - exact) and int(bits) & 1:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("stored", ["BF16", "F16"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_float64_does_not_round_ties_of_float32_twice(stored: str, level: int) -> None:
+    recipe = make_recipe(4, 64, 1, stored, is_double=True)
+    base = torch.ones(4, 64, dtype=DTYPES[stored])
+    half = {"BF16": 2.0**-8, "F16": 2.0**-11}[stored]
+    # just above and below half a step, by less than float32 can hold beside one
+    left = torch.ones(4, 1)
+    right = torch.full((64, 1), half)
+    for nudge, expected in ((2.0**-40, 1 + 2 * half), (-(2.0**-40), 1.0)):
+        found, _, _ = merged(recipe, (base, left, right), scaling=1 + nudge, level=level)
+        assert (found.float() == expected).all()
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("rounds_delta", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(320, 1000, 16), (512, 640, 7), (1024, 1024, 4), (300, 2100, 260)]
+)
+def test_the_bits_are_torch_s_however_tiles_are_cut(
+    rows: int, columns: int, rank: int, level: int, rounds_delta: bool, is_transposed: bool
+) -> None:
+    recipe = make_recipe(rows, columns, rank, is_transposed=is_transposed, rounds_delta=rounds_delta)
+    blas = BlasThreads()
+    blas.adopt()
+    try:
+        block = find_block(recipe, blas)
+    finally:
+        blas.restore()
+    if not block:
+        pytest.skip("torch sums in an order of its own on this machine")
+    base, left, right = values(recipe, seed=8)
+    product = (right @ left.T).T if is_transposed else left @ right.T
+    delta = product * 1.3
+    if rounds_delta:
+        delta = delta.bfloat16().float()
+    expected = (base.float() + delta).bfloat16()
+    for height in (0, 64, 5, 1):
+        found, _, _ = merged(recipe, (base, left, right), block=block, level=level, height=height)
+        assert raw(found) == raw(expected)
+
+
+def test_another_block_has_other_bits() -> None:
+    recipe = make_recipe(64, 256, 64, "F32")
+    tensors = values(recipe)
+    assert raw(merged(recipe, tensors, block=64)[0]) != raw(merged(recipe, tensors, block=24)[0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("stored", DTYPES)
+def test_a_delta_that_rounds_away_changes_nothing_and_a_single_one_shows(
+    stored: str, is_double: bool, level: int
+) -> None:
+    recipe = make_recipe(13, 77, 2, stored, is_double=is_double)
+    base, left, right = values(recipe)
+    base[2, 5] = -0.0  # becomes +0.0, which equals it
+    nothing = torch.zeros_like(left)
+    result, changed, care = merged(recipe, (base, nothing, right), level=level)
+    assert (changed, care) == (False, False)
+    assert torch.equal(result, base)
+    nothing[12, 1], right[76, 1] = 3.0, 2.0
+    result, changed, _ = merged(recipe, (base, nothing, right), level=level)
+    assert changed
+    assert torch.equal(result[:12], base[:12])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (12, 76), (5, 64)])
+def test_what_is_not_finite_is_left_to_the_other_path(
+    place: tuple[int, int], bad: float, stored: str, is_double: bool, level: int
+) -> None:
+    recipe = make_recipe(13, 77, 2, stored, is_double=is_double)
+    base, left, right = values(recipe)
+    assert not merged(recipe, (base, left, right), level=level)[2]
+    base[place] = bad
+    assert merged(recipe, (base, left, right), level=level)[2]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("stored", DTYPES)
+def test_overflow_is_left_to_the_other_path(stored: str, is_double: bool, level: int) -> None:
+    recipe = make_recipe(6, 64, 1, stored, is_double=is_double)
+    highest = torch.finfo(DTYPES[stored]).max
+    base = torch.full((6, 64), highest, dtype=DTYPES[stored])
+    left, right = torch.zeros(6, 1), torch.full((64, 1), highest / 4)
+    left[5, 0] = 1.0
+    assert not merged(recipe, (base, left * 0, right), level=level)[2]
+    assert merged(recipe, (base, left, right), level=level)[2]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_rounded_delta_that_overflows_is_noticed(level: int) -> None:
+    recipe = make_recipe(6, 64, 1, "F16", rounds_delta=True)
+    base, left, right = values(recipe)
+    assert merged(recipe, (base, left * 0 + 1, right * 0 + 65520.0), scaling=1.0, level=level)[2]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("stored", ["BF16", "F16"])
+def test_subnormal_sums_in_float64_are_left_to_the_other_path(stored: str, level: int) -> None:
+    recipe = make_recipe(6, 64, 1, stored, is_double=True)
+    base = torch.zeros(6, 64, dtype=DTYPES[stored])
+    assert not merged(recipe, (base, torch.zeros(6, 1), torch.ones(64, 1)), level=level)[2]
+    assert merged(recipe, (base, torch.full((6, 1), 2.0**-70), torch.full((64, 1), 2.0**-60)), level=level)[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lies_transposed", [False, True])
+@pytest.mark.parametrize("is_double", [False, True])
+def test_factors_are_packed_exactly(is_double: bool, lies_transposed: bool, dtype: str) -> None:
+    random = torch.Generator().manual_seed(1)
+    factor = (torch.randn(70, 3, generator=random) * 2.0 ** torch.randint(-16, 15, (70, 3), generator=random)).to(
+        DTYPES[dtype]
+    )
+    factor[0] = torch.tensor([2.0**-24, -(2.0**-17), 0.0]).to(DTYPES[dtype])  # subnormal in half precision
+    stored = factor.T.contiguous() if lies_transposed else factor
+    compute = torch.float64 if is_double else torch.float32
+    options: dict[str, Any] = {"lies_transposed": lies_transposed, "is_double": is_double}
+    left = torch.frombuffer(pack_factor(view(stored), dtype, (70, 3), **options), dtype=compute)
+    assert raw(left.view(70, 3)) == raw(factor.to(compute))
+    right = torch.frombuffer(pack_factor(view(stored), dtype, (70, 3), is_right=True, **options), dtype=compute)
+    panels = right.view(2, 3, PANEL).transpose(1, 2).reshape(2 * PANEL, 3)
+    assert raw(panels[:70]) == raw(factor.to(compute))
+    assert not panels[70:].any()
+
+
+def test_every_half_is_widened_exactly() -> None:
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    packed = torch.frombuffer(pack_factor(view(halves), "F16", (2**16, 1)), dtype=torch.float32)
+    expected = halves.float()
+    same = (packed == expected) | (packed.isnan() & expected.isnan())
+    assert same.all()
+    assert torch.equal(torch.signbit(packed), torch.signbit(expected))
+
+
+def test_buffers_that_are_too_small_are_refused() -> None:
+    recipe = make_recipe(8, 70, 3)
+    base, left, right = values(recipe)
+    sound = [view(base), view(torch.empty_like(base)), pack_factor(view(left), "F32", (8, 3))]
+    sound.append(pack_factor(view(right), "F32", (70, 3), is_right=True))
+    compiled = kernel()
+    assert compiled is not None
+    numbers: tuple[Any, ...] = (1.0, 0, 0, -1, False, True, 1)
+    assert compiled.merge(*sound, (8, 70, 3, 3), *numbers) == compiled.CHANGED
+    for place in range(4):
+        short = [buffer[:-1] if place == at else buffer for at, buffer in enumerate(sound)]
+        with pytest.raises(ValueError, match="too small"):
+            compiled.merge(*short, (8, 70, 3, 3), *numbers)
+    huge = 2**62
+    for sizes in ((-1, 70, 3, 3), (8, 70, 0, 3), (8, 70, 3, 0), (huge, 70, 3, 3), (8, huge, 3, 3), (8, 70, huge, 3)):
+        with pytest.raises(ValueError, match="too small"):
+            compiled.merge(*sound, sizes, *numbers)
+    for wrong in ((1.0, 7, 0, -1, False, True, 1), (1.0, 0, 0, 1, False, True, 1), (1.0, 0, 0, -1, False, True, 9)):
+        with pytest.raises(ValueError, match="out of its range"):
+            compiled.merge(*sound, (8, 70, 3, 3), *wrong)
+    with pytest.raises(ValueError, match="too small"):
+        pack_factor(view(left)[:-1], "F32", (8, 3))
+
+
+def test_in_place_has_the_same_bits() -> None:
+    recipe = make_recipe(50, 130, 6)
+    base, left, right = values(recipe)
+    expected, _, _ = merged(recipe, (base, left, right))
+    packed = [pack_factor(view(left), "F32", (50, 6)), pack_factor(view(right), "F32", (130, 6), is_right=True)]
+    pair = PairKernel(recipe, 6, 1.3, *packed)
+    own = base.clone()
+    pair.merge(view(own), view(own), (0, 50), finds_changes=False)
+    assert raw(own) == raw(expected)
+    wider = PairKernel(replace(recipe, result="F32"), 6, 1.3, *packed)
+    with pytest.raises(ValueError, match="too small"):
+        wider.merge(view(own), view(own), (0, 50), finds_changes=False)
+
+
+def test_the_compiled_file_is_told(tmp_path: Path) -> None:
+    from rawmerge.native import library_path
+
+    path = library_path()
+    assert path is not None
+    assert path.stat().st_size > 1000
