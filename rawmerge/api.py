@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Unpack
 
+from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
+from rawmerge.formats.config_text import CONFIG_NAME
+from rawmerge.formats.weight_map import INDEX_NAME
 from rawmerge.hub import resolve_adapter, resolve_base, resolve_either
 from rawmerge.inspection import Inspection, inspect_root
 from rawmerge.jobs import ProgressCallback
@@ -14,6 +17,7 @@ from rawmerge.merge_plan import MergePlan
 from rawmerge.plan import make_plan
 from rawmerge.run import MergeSummary, run_plan
 from rawmerge.run_options import RunChoices
+from rawmerge.unfinished import unfinished_plan
 
 
 def plan_merge(
@@ -47,17 +51,84 @@ def plan_merge(
         RefusedError: with every reason against the merge in `.problems`.
         ValueError: an option is none of its choices.
     """
-    options = MergeOptions(
+    options = _merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
+    base_source, adapter_source = resolve_base(base), resolve_adapter(adapter)
+    repos = {"base_repo": base_source.pinned, "adapter_repo": adapter_source.pinned}
+    return make_plan(base_source.path, adapter_source.path, options, **repos)
+
+
+def plan_for_output(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    compute_dtype: str = "float32",
+    dtype: str | None = None,
+    vocab: str | None = None,
+    tokenizer: str = "base",
+    moe_lora_b_layout: str | None = None,
+    force: bool = False,
+) -> MergePlan:
+    """Return `plan_merge`'s plan, or that of the same merge to `output` where `consume_base` was cut off.
+
+    The base of such a merge is gone in part, so it cannot be planned again.
+
+    Args:
+        base: see `plan_merge`, as for all others but `output`.
+        adapter: see `plan_merge`.
+        output: directory to make.
+        compute_dtype: see `plan_merge`.
+        dtype: see `plan_merge`.
+        vocab: see `plan_merge`.
+        tokenizer: see `plan_merge`.
+        moe_lora_b_layout: see `plan_merge`.
+        force: see `plan_merge`.
+
+    Raises:
+        RefusedError: with every reason against the merge in `.problems`; an OutputError where another merge to
+            `output` is unfinished. ValueError: an option is none of its choices.
+    """
+    options = _merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
+    if plan := unfinished_plan(Path(output), options, lambda plan: _is_of(plan, base, adapter)):
+        return plan
+    return plan_merge(
+        base,
+        adapter,
+        compute_dtype=compute_dtype,
+        dtype=dtype,
+        vocab=vocab,
+        tokenizer=tokenizer,
+        moe_lora_b_layout=moe_lora_b_layout,
+        force=force,
+    )
+
+
+def _merge_options(
+    compute_dtype: str, dtype: str | None, vocab: str | None, tokenizer: str, layout: str | None, force: bool
+) -> MergeOptions:
+    return MergeOptions(
         compute_dtype=compute_dtype,
         output_dtype=dtype or "",
         vocab=vocab or "",
         tokenizer=tokenizer,
-        moe_lora_b_layout=moe_lora_b_layout or "",
+        moe_lora_b_layout=layout or "",
         force=force,
     )
-    base_source, adapter_source = resolve_base(base), resolve_adapter(adapter)
-    repos = {"base_repo": base_source.pinned, "adapter_repo": adapter_source.pinned}
-    return make_plan(base_source.path, adapter_source.path, options, **repos)
+
+
+def _is_of(plan: MergePlan, base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> bool:
+    """Whether a plan's base and adapter are those named; of the base, less than what was named may be left."""
+    given = os.path.realpath(Path(base).expanduser())
+    roots = {plan.base_root, *(str(Path(plan.base_root) / name) for name in (INDEX_NAME, CONFIG_NAME))}
+    if given not in map(os.path.realpath, roots):
+        return False
+    found = resolve_adapter(adapter).path
+    names = {
+        plan.adapter_root,
+        str(Path(plan.adapter_root) / ADAPTER_CONFIG),
+        *(file.path for file in plan.adapter_files),
+    }
+    return os.path.realpath(found) in map(os.path.realpath, names)
 
 
 def merge_adapter(
@@ -86,7 +157,8 @@ def merge_adapter(
         tokenizer: see `plan_merge`.
         moe_lora_b_layout: see `plan_merge`.
         force: see `plan_merge`.
-        progress: called as bytes are finished; an exception from it cancels the merge and leaves nothing behind.
+        progress: called as bytes are finished; an exception from it cancels the merge and leaves nothing behind, but
+            with `consume_base`: then the same call goes on.
         choices: how the plan is carried out; `RunOptions` tells them: `overwrite`, `threads`, `device` and so on.
 
     Raises:
@@ -94,9 +166,10 @@ def merge_adapter(
         MergeError: writing failed; nothing was published and nothing is left.
         ValueError: an option is none of its choices.
     """
-    plan = plan_merge(
+    plan = plan_for_output(
         base,
         adapter,
+        output,
         compute_dtype=compute_dtype,
         dtype=dtype,
         vocab=vocab,

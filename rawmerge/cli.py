@@ -6,32 +6,25 @@ Text for people goes to stderr, results go to stdout, so that a result can be pi
 from __future__ import annotations
 
 import os
-import signal
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 import rawmerge
+from rawmerge.byte_sizes import parse_bytes
 from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
 from rawmerge.errors import RawmergeError
 from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS
-from rawmerge.run_options import MECHANISMS
+from rawmerge.run_options import DEVICE_NAMES, MECHANISMS, RunChoices, RunOptions
+from rawmerge.signals import Ended, ended_by_signals
 
 REFUSED = 3
 INTERRUPTED = 130
-
-
-class _Ended(KeyboardInterrupt):
-    """A signal that ends the command, and the exit code that tells so."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.exit_code = 128 + number
 
 
 class _Commands(click.Group):
@@ -47,7 +40,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt as error:
             state = ", ".join(getattr(error, "__notes__", ())) or "nothing was published"
             _say(f"rawmerge: interrupted; {state}", err=True)
-            ctx.exit(error.exit_code if isinstance(error, _Ended) else INTERRUPTED)
+            ctx.exit(error.exit_code if isinstance(error, Ended) else INTERRUPTED)
 
 
 def _tell_error(error: RawmergeError, *, as_json: bool) -> None:
@@ -119,6 +112,30 @@ def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_DEVICE_HELP = (
+    "Where updates are computed: cpu, cuda, cuda:1 or mps. On others than cpu, float64 gives the same bytes as there, "
+    "float32 nearly so."
+)
+
+
+def _checked_device(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not re.fullmatch(DEVICE_NAMES, value):
+        raise click.BadParameter(f"{value!r} is none of cpu, cuda, cuda:1 (or another number), mps.")
+    return value
+
+
+_MEMORY_HELP = (
+    "Most memory to take, such as 2GiB or 512M; refused where that cannot be.  [default: what the control group has]"
+)
+
+
+def _parsed_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    try:
+        return parse_bytes(value) if value is not None else None
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rawmerge.__version__, prog_name="rawmerge")
 def cli() -> None:
@@ -137,7 +154,16 @@ def cli() -> None:
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory to make.")
 @_plan_options
 @click.option("--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 4]")
+@click.option("--max-memory", callback=_parsed_size, metavar="SIZE", help=_MEMORY_HELP)
+@click.option("--device", callback=_checked_device, default="cpu", show_default=True, help=_DEVICE_HELP)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the output.")
+@click.option("--link", is_flag=True, help="Shards that stay as they are become hard links to the base's.")
+@click.option(
+    "--consume-base",
+    is_flag=True,
+    help="Delete each shard of BASE once its successor is written; the same command goes on after a crash.",
+)
+@click.option("--no-reuse", is_flag=True, help="With --overwrite: make shards anew that would come out as they are.")
 @click.option(
     "--without",
     multiple=True,
@@ -151,7 +177,12 @@ def merge(
     adapter: str,
     output: Path,
     threads: int | None,
+    max_memory: int | None,
+    device: str,
     overwrite: bool,
+    link: bool,
+    consume_base: bool,
+    no_reuse: bool,
     without: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
@@ -161,20 +192,24 @@ def merge(
 
     Prints the directory, or with --json a summary.
     """
+    from rawmerge.api import plan_for_output
     from rawmerge.report import left_out_lines, plan_text, summary_json, summary_text
-    from rawmerge.run import check_target
+    from rawmerge.run import check_run
 
-    plan = rawmerge.plan_merge(base, adapter, **options)
+    choices: RunChoices = {"overwrite": overwrite, "threads": threads, "max_memory": max_memory, "without": without}
+    choices |= {"device": device, "link": link, "consume_base": consume_base, "reuse": not no_reuse}
+    plan = plan_for_output(base, adapter, output, **options)
     if dry_run:
-        check_target(plan, output, overwrite=overwrite)
-        _say(rawmerge.format_plan(plan) if as_json else plan_text(plan))
+        for note in check_run(plan, output, **choices):
+            _say(f"note: {note}", err=True)
+        _say(rawmerge.format_plan(plan) if as_json else plan_text(plan, RunOptions(**choices)))
         return
     for line in (*(f"note: {note}" for note in plan.notes), *left_out_lines(plan)):
         _say(line, err=True)
-    with _ended_by_signals(), _progress_bar(plan.tensor_bytes) as progress:
-        summary = rawmerge.run_plan(
-            plan, output, progress=progress, overwrite=overwrite, threads=threads, without=without
-        )
+    with ended_by_signals(), _progress_bar(plan.tensor_bytes) as progress:
+        summary = rawmerge.run_plan(plan, output, progress=progress, **choices)
+    for note in summary.notes[len(plan.notes) :]:
+        _say(f"note: {note}", err=True)
     _say(summary_text(summary), err=True)
     _say(summary_json(summary) if as_json else summary.output)
 
@@ -242,24 +277,6 @@ def _progress_bar(total_bytes: int) -> Iterator[Callable[[rawmerge.Progress], No
             bar.update(progress.done_bytes - bar.n)
 
         yield show
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a merge as Ctrl-C does: cleaned up, nothing published. A second changes nothing."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-    def end(number: int, _: FrameType | None) -> NoReturn:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise _Ended(number)
-
-    before = [(number, signal.signal(number, end)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 def main() -> NoReturn:

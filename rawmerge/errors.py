@@ -11,6 +11,8 @@ RawmergeError                    exit 1
     PlanError                             adapter and base do not fit
     OutputError                           the output exists, is not writable, or the disk is too small
     HubError                              a hub id could not be fetched
+    DeviceError                           the accelerator that was asked for is not there
+    MemoryLimitError                      the merge takes more memory than it may
   MergeError                     exit 4   failed while writing; nothing was published
     NonFiniteTensorError                  a result overflowed where the base was finite
     NothingChangedError                   the merge would equal the base
@@ -107,6 +109,14 @@ class OutputError(RefusedError):
 
 class HubError(RefusedError):
     """A hub id could not be turned into local files."""
+
+
+class DeviceError(RefusedError):
+    """The accelerator that was asked for is missing, or does not work."""
+
+
+class MemoryLimitError(RefusedError):
+    """The merge takes more memory than it was given, or than its control group has."""
 
 
 class MergeError(RawmergeError):

@@ -59,25 +59,30 @@ def check_space(output: Path, byte_count: int) -> None:
     Raises:
         OutputError: fewer free bytes than `byte_count` and a small margin.
     """
-    free = shutil.disk_usage(_nearest_folder(output)).free
+    free = shutil.disk_usage(nearest_folder(output)).free
     needed = byte_count + _MARGIN_BYTES
     if free < needed:
         hint = "free some space, or choose an output on another disk"
         raise OutputError(Problem(str(output), f"{needed} free bytes", f"{free} free bytes", hint))
 
 
-def _nearest_folder(output: Path) -> Path:
+def nearest_folder(output: Path) -> Path:
     """Return the output's parent, or the first folder above it that exists."""
     parent = output.absolute().parent
     return next(folder for folder in (parent, *parent.parents) if folder.exists())
 
 
 def _unwritable(output: Path) -> Iterable[Problem]:
-    folder = _nearest_folder(output)
+    folder = nearest_folder(output)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         yield Problem(str(folder), "a directory that can be written", "one that cannot")
+    yield from long_names(folder, output.parts)
+
+
+def long_names(folder: Path, names: Iterable[str]) -> Iterable[Problem]:
+    """Yield the names that the file system of `folder` has no room for."""
     longest = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    for name in output.parts:
+    for name in names:
         if len(os.fsencode(name)) > longest:
             yield Problem(name, f"a name of at most {longest} bytes", f"{len(os.fsencode(name))}")
 
@@ -131,11 +136,16 @@ def _signals_wait() -> Iterator[None]:
 
 
 class StagingDirectory:
-    """A new directory beside the target; removed on leaving the block unless it was published."""
+    """A new directory beside the target; removed on leaving the block unless it was published.
 
-    def __init__(self, output: Path) -> None:
+    Attributes:
+        output: the target.
+        path: the directory, a hidden one unless another is given.
+    """
+
+    def __init__(self, output: Path, path: Path | None = None) -> None:
         self.output = output
-        self.path = output.parent / f".{_TAG}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = path or output.parent / f".{_TAG}-{os.getpid()}-{secrets.token_hex(4)}"
         self._created: list[Path] = []
         self._published = False
 
@@ -161,6 +171,11 @@ class StagingDirectory:
             file.flush()
             os.fsync(file.fileno())
 
+    def sync(self) -> None:
+        """Make the names of all files durable."""
+        for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
+            sync_directory(folder)
+
     def publish(self, policy: OutputPolicy) -> None:
         """Give the directory its final name; what stood there is replaced as a whole.
 
@@ -168,8 +183,7 @@ class StagingDirectory:
             OSError: the rename failed, or something stands there that may not be replaced; it is still there.
             KeyboardInterrupt, or what the caller's signal handler raises: it has a note that the output was published.
         """
-        for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
-            _sync_directory(folder)
+        self.sync()
         try:
             with _signals_wait():
                 self._rename(policy)
@@ -193,26 +207,37 @@ class StagingDirectory:
                 old.rename(self.output)
             raise
         self._published = True
-        _sync_directory(self.output.parent)
+        sync_directory(self.output.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def _make(self) -> None:
-        missing = [folder for folder in (self.output.parent, *self.output.parent.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._created.append(folder)
+        make_folders(self.output.parent, self._created)
         self.path.mkdir()
 
     def _remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        for folder in reversed(self._created):
-            try:
-                folder.rmdir()
-            except OSError:  # another process put something there: it stays
-                return
+        remove_folders(self._created)
 
 
-def _sync_directory(folder: Path) -> None:
+def make_folders(folder: Path, created: list[Path]) -> None:
+    """Make a folder and those above it that are missing; add each to `created` as it is made."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        created.append(path)
+
+
+def remove_folders(created: list[Path]) -> None:
+    """Remove the folders that `make_folders` made, as far as they are empty."""
+    for folder in reversed(created):
+        try:
+            folder.rmdir()
+        except OSError:  # another process put something there: it stays
+            return
+
+
+def sync_directory(folder: Path) -> None:
+    """Make the names in a directory durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

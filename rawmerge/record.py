@@ -16,17 +16,18 @@ from rawmerge.tensor_source import OpenFiles, TensorSource
 RECORD_FORMAT: Final = "rawmerge-record-1"
 
 
-def record_text(plan: MergePlan, counts: Mapping[str, int]) -> str:
+def record_text(plan: MergePlan, counts: Mapping[str, int], device: str = "cpu") -> str:
     """Return the merge record: the same text for the same inputs and options, whatever their folders.
 
     Args:
         plan: what is written.
         counts: output tensors by what became of them.
+        device: where updates were computed; told only where that may change bits.
     """
     record: dict[str, Any] = {
         "format": RECORD_FORMAT,
         "versions": {"rawmerge": __version__, "torch": version("torch")},
-        "options": _options(plan.options),
+        "options": _options(plan.options, device),
         "base": {
             "repo": plan.base_repo,
             "config_sha256": plan.base_config_sha256,
@@ -36,7 +37,7 @@ def record_text(plan: MergePlan, counts: Mapping[str, int]) -> str:
             {
                 "repo": plan.adapter_repo,
                 "config_sha256": plan.adapter_config_sha256,
-                "files": [{**_identity(file), "sha256": _file_sha256(file)} for file in plan.adapter_files],
+                "files": [{**_identity(file), "sha256": file_sha256(file)} for file in plan.adapter_files],
             }
         ],
         "history": [{"files": [{"sha256": digest}]} for digest in plan.history],
@@ -51,7 +52,12 @@ def _identity(file: InputFile) -> dict[str, str | int]:
     return {"name": file.name, "bytes": file.byte_count, "header_sha256": file.header_sha256}
 
 
-def _file_sha256(file: InputFile) -> str:
+def file_sha256(file: InputFile) -> str:
+    """Return the SHA-256 of a file's content.
+
+    Raises:
+        InputChangedError: it is shorter than planned; OSError: it cannot be read.
+    """
     digest = hashlib.sha256()
     with OpenFiles() as files:
         for chunk in files.chunks(TensorSource(file.path, 0, file.byte_count, "U8", (file.byte_count,))):
@@ -59,8 +65,11 @@ def _file_sha256(file: InputFile) -> str:
     return digest.hexdigest()
 
 
-def _options(options: MergeOptions) -> dict[str, str | bool]:
+def _options(options: MergeOptions, device: str) -> dict[str, str | bool]:
+    kind = device.partition(":")[0]
+    other = {"device": kind} if kind != "cpu" and options.compute_dtype == "float32" else {}
     return {
+        **other,
         "compute_dtype": options.compute_dtype,
         "dtype": options.output_dtype or "as stored",
         "vocab": options.vocab or "as stored",

@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from rawmerge.engine import default_threads
-from rawmerge.errors import Problem, RawmergeError, RefusedError
+from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError
 from rawmerge.inspection import Inspection
-from rawmerge.memory import describe_reach, forecast_memory
+from rawmerge.memory import describe_reach
+from rawmerge.memory_budget import choose_budget
 from rawmerge.merge_plan import AdapterUse, KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
 from rawmerge.methods.interface import WHOLE
-from rawmerge.run import MergeSummary, count_steps
+from rawmerge.outcome import count_steps
+from rawmerge.run import MergeSummary
+from rawmerge.run_options import RunOptions
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAX_PROBLEMS: Final = 20
@@ -37,8 +39,8 @@ def format_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
-def plan_text(plan: MergePlan) -> str:
-    """Return what a plan would do, in lines for people."""
+def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
+    """Return what a plan would do, in lines for people; its memory with these options, or with none."""
     counts = count_steps(plan)
     done = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     lines = [
@@ -48,7 +50,7 @@ def plan_text(plan: MergePlan) -> str:
         f"compute   {plan.options.compute_dtype}, output dtype {plan.options.output_dtype or 'as stored'}",
         f"tensors   {done}",
         *(f"  {line}" for line in _changed_lines(plan.steps())),
-        f"memory    {_memory_text(plan)}",
+        f"memory    {_memory_text(plan, options or RunOptions())}",
         f"output    {format_bytes(plan.byte_count)} in {len(plan.shards)} shard{'s'[: len(plan.shards) != 1]}",
         f"written   {_names(file.name for file in plan.written_files)}",
         f"copied    {_names(file.name for file in plan.side_files)}",
@@ -74,7 +76,15 @@ def summary_text(summary: MergeSummary) -> str:
     """Return what a merge did, in lines for people."""
     done = ", ".join(f"{count} {what}" for what, count in summary.counts.items() if count)
     rate = format_bytes(int(summary.byte_count / max(summary.seconds, 1e-9)))
-    lines = [f"{done}; {format_bytes(summary.byte_count)} in {summary.seconds:.1f} s ({rate}/s)"]
+    shards = {"linked": summary.linked, "reused": summary.reused, "deleted from the base": summary.consumed}
+    ways = "".join(f", {count} shard{'s'[: count != 1]} {what}" for what, count in shards.items() if count)
+    lines = [f"{done}{ways}; {format_bytes(summary.byte_count)} in {summary.seconds:.1f} s ({rate}/s)"]
+    if peaks := [
+        f"{format_bytes(count)} {what}"
+        for count, what in ((summary.measured_peak_bytes, "at the peak"), (summary.predicted_peak_bytes, "predicted"))
+        if count is not None
+    ]:
+        lines.append(f"memory {', '.join(peaks)}")
     if summary.unchanged:
         lines.append(
             f"{len(summary.unchanged)} updated tensors equal the base: their delta is smaller than the rounding "
@@ -96,8 +106,9 @@ def inspection_text(inspection: Inspection) -> str:
 
 def error_text(error: RawmergeError) -> str:
     """Return an error for people: problems that differ in layer numbers only are told once, long lists are cut."""
+    notes = [f"    {note}" for note in getattr(error, "__notes__", ())]
     if not isinstance(error, RefusedError) or len(error.problems) <= 1:
-        return str(error)
+        return "\n".join([str(error), *notes])
     families: dict[Problem, list[Problem]] = {}
     for problem in error.problems:
         families.setdefault(_without_layers(problem), []).append(problem)
@@ -107,7 +118,7 @@ def error_text(error: RawmergeError) -> str:
         lines.append(f"  - {family[0]}{more}")
     if len(families) > _MAX_PROBLEMS:
         lines.append(f"  and {len(families) - _MAX_PROBLEMS} more kinds (--json lists all)")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])
 
 
 def left_out_lines(plan: MergePlan) -> list[str]:
@@ -132,6 +143,8 @@ def error_json(error: RawmergeError) -> str:
         "exit_code": error.exit_code,
         "message": str(error),
     }
+    if notes := getattr(error, "__notes__", ()):
+        document["notes"] = list(notes)
     if isinstance(error, RefusedError):
         document["problems"] = [dataclasses.asdict(problem) for problem in error.problems]
     return json.dumps(document)
@@ -191,12 +204,17 @@ def _rank_and_scaling(update: Update) -> Iterator[str]:
         yield "transposed"
 
 
-def _memory_text(plan: MergePlan) -> str:
+def _memory_text(plan: MergePlan, options: RunOptions) -> str:
     """Return the predicted peak, and what takes a whole tensor."""
-    forecast = forecast_memory(plan, default_threads())
+    try:
+        _, forecast = choose_budget(plan, options)
+    except MemoryLimitError as error:
+        return f"cannot be merged here: {error.problems[0]}".partition("\n")[0]
     whole = [name for name, reach, _ in forecast.whole if reach == WHOLE]
     needs = f"; {len(whole)} tensors whole in memory, {_names(whole[:1])} needs most" if whole else ""
-    return f"about {format_bytes(forecast.peak)} at the peak, of it {format_bytes(forecast.torch)} torch{needs}"
+    torch = f", of it {format_bytes(forecast.torch)} torch" if forecast.torch else ", without torch"
+    once = ", imported this once to learn how it sums" if forecast.torch and forecast.is_first else ""
+    return f"about {format_bytes(forecast.peak)} at the peak{torch}{once}{needs}"
 
 
 def _printable(line: str) -> str:

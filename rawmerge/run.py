@@ -5,33 +5,31 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import eq
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from rawmerge.adapter import read_weights
-from rawmerge.engine import Engine
-from rawmerge.errors import (
-    InputChangedError,
-    MergeError,
-    NothingChangedError,
-    PlanError,
-    Problem,
-    RefusedError,
-    quote,
-)
-from rawmerge.formats.adapter_config import CONFIG_NAME
+from rawmerge.consuming_run import check_consuming, consume_base, was_published
+from rawmerge.errors import MergeError, PlanError, Problem, ProblemCollector, RawmergeError, quote
 from rawmerge.formats.weight_map import is_safe_file_name
 from rawmerge.identity import RECORD_NAME
 from rawmerge.jobs import ProgressCallback
-from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
-from rawmerge.output_directory import OutputPolicy, StagingDirectory, check_output, check_space
-from rawmerge.record import record_text
+from rawmerge.linking import check_links
+from rawmerge.memory_budget import choose_budget
+from rawmerge.memory_lack import lack_text, ran_out
+from rawmerge.merge_plan import MergePlan
+from rawmerge.outcome import count_steps
+from rawmerge.output_directory import check_output, check_space, nearest_folder
+from rawmerge.plain_run import write_output
+from rawmerge.process_peak import start_meter
 from rawmerge.run_options import RunChoices, RunOptions
-from rawmerge.shard_writer import OutputFile
-from rawmerge.tensor_source import OpenFiles, TensorSource, read_shard_file
+from rawmerge.run_request import RunRequest
+from rawmerge.shard_origins import ShardOrigins, find_origins
+from rawmerge.unfinished import unfinished_folder
+
+if TYPE_CHECKING:
+    from rawmerge.devices import Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,13 @@ class MergeSummary:
         unchanged: updated tensors of which no element changed: the delta is smaller than the rounding.
         byte_count: bytes of the output.
         seconds: wall time of the run.
-        notes: the plan's notes, what a user may want to know.
+        notes: what a user may want to know, the plan's notes first.
+        linked: shards that are links to the base's (`link`).
+        reused: shards taken from the output that was replaced, made by an earlier merge from the same inputs.
+        consumed: base shards that were deleted (`consume_base`).
+        predicted_peak_bytes: the process's peak resident memory as it was predicted; None where a device computes.
+        measured_peak_bytes: that memory as the system counted it; None where it does not, or where the process had
+            been larger before the merge.
     """
 
     output: str
@@ -53,6 +57,11 @@ class MergeSummary:
     byte_count: int
     seconds: float
     notes: tuple[str, ...] = ()
+    linked: int = 0
+    reused: int = 0
+    consumed: int = 0
+    predicted_peak_bytes: int | None = None
+    measured_peak_bytes: int | None = None
 
 
 def run_plan(
@@ -69,40 +78,114 @@ def run_plan(
         output: directory to make; it must not exist unless `overwrite`.
         choices: `RunOptions` tells them: `overwrite`, `threads`, `max_memory`, `device` and so on.
         progress: called in this thread as bytes are finished. An exception from it cancels the merge and leaves
-            nothing behind.
+            nothing behind, but with `consume_base`: then the same call goes on.
 
     Raises:
         OutputError: the output may not be written; nothing was.
-        MergeError: writing failed; nothing was published and nothing is left.
+        MemoryLimitError: the merge takes more than `max_memory`, or than its control group has; nothing was written.
+        MergeError: writing failed; nothing was published and nothing is left, unless its notes say so.
         ValueError: a choice is none of its values.
     """
-    options = RunOptions(**choices)
-    started = time.perf_counter()
-    target = Path(output)
-    check_target(plan, target, overwrite=options.overwrite)
+    request = RunRequest(plan, Path(output), RunOptions(**choices), progress)
+    started, meter = time.perf_counter(), start_meter()
     try:
-        changed = _write(plan, target, options, progress)
-    except OSError as error:
-        raise MergeError(_describe(error)) from error
+        origins = check_request(request)
+        budget, forecast = choose_budget(plan, request.options)
+        with _device(request.options) as device:
+            there = replace(request, device=device, budget=budget)
+            written = consume_base(there) if request.options.consume_base else write_output(there, origins)
+    except (OSError, MemoryError, ImportError, RuntimeError) as error:
+        if isinstance(error, RawmergeError) or (isinstance(error, RuntimeError) and not ran_out(error)):
+            raise
+        raise MergeError(_describe(error) if isinstance(error, OSError) else lack_text(error)) from error
     return MergeSummary(
-        output=str(target),
+        output=str(request.output),
         counts=count_steps(plan),
-        unchanged=tuple(name for name, is_changed in changed.items() if not is_changed),
+        unchanged=written.unchanged,
         byte_count=plan.byte_count,
         seconds=time.perf_counter() - started,
-        notes=plan.notes,
+        notes=(*plan.notes, *written.notes, *(device.notes if device else ())),
+        linked=written.linked,
+        reused=written.reused,
+        consumed=written.consumed,
+        predicted_peak_bytes=None if device else forecast.peak,
+        measured_peak_bytes=meter.work_peak(),
     )
 
 
-def check_target(plan: MergePlan, output: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output that exists, cannot be written, touches an input, or does not fit on the disk.
+def check_run(plan: MergePlan, output: str | Path, **choices: Unpack[RunChoices]) -> list[str]:
+    """Check what `run_plan` would, and write nothing.
+
+    Returns:
+        What would become of shards that need not be made, in lines for people.
 
     Raises:
-        OutputError: with the reasons.
+        RefusedError: the merge would be refused; ValueError: a choice is none of its values.
     """
-    _check_names(plan)
-    check_output(output, _policy(plan, overwrite))
-    check_space(output, plan.byte_count)
+    request = RunRequest(plan, Path(output), RunOptions(**choices))
+    origins = check_request(request)
+    choose_budget(plan, request.options)
+    with _device(request.options):
+        pass  # it is there
+    linked = [f"{name} becomes a link to {path}" for name, path in origins.links.items()]
+    return [*origins.notes, *linked, *(f"{name} is taken from the output that is replaced" for name in origins.reused)]
+
+
+@contextmanager
+def _device(options: RunOptions) -> Iterator[Device | None]:
+    """Give the device to compute on, None for the CPU.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    if options.device == "cpu":
+        yield None
+        return
+    from rawmerge.devices import open_device  # imports torch
+
+    with open_device(options.device) as device:
+        yield device
+
+
+def check_request(request: RunRequest) -> ShardOrigins:
+    """Refuse an output that exists, cannot be written, touches an input, or does not fit on the disk.
+
+    Returns:
+        Which shards need not be made.
+
+    Raises:
+        RefusedError: with all reasons.
+    """
+    _check_names(request.plan)
+    problems = ProblemCollector()
+    if not (request.options.consume_base and was_published(request)):
+        with problems.absorb():
+            check_output(request.output, request.policy)
+    try:
+        folder = nearest_folder(request.output)
+    except OSError:  # a name that no file can have, which has been noticed
+        problems.raise_if_any()
+        raise
+    with problems.absorb():
+        origins = (_check_consuming if request.options.consume_base else _check_plain)(request, folder)
+    problems.raise_if_any()
+    return origins
+
+
+def _check_plain(request: RunRequest, folder: Path) -> ShardOrigins:
+    origins, problems = find_origins(request), ProblemCollector()
+    with problems.absorb():
+        unfinished_folder(request.output).check(request.plan, consumes=False)
+    with problems.absorb():
+        check_links(origins.links, folder)
+    with problems.absorb():
+        check_space(request.output, request.plan.byte_count - origins.byte_count(request.plan))
+    problems.raise_if_any()
+    return origins
+
+
+def _check_consuming(request: RunRequest, folder: Path) -> ShardOrigins:
+    return ShardOrigins(notes=check_consuming(request, folder))
 
 
 def _check_names(plan: MergePlan) -> None:
@@ -115,112 +198,6 @@ def _check_names(plan: MergePlan) -> None:
     expected = "a file of its own inside the output"
     if problems := [Problem(name, expected, "another path, or the name twice") for name in (*flat, *nested, *twice)]:
         raise PlanError(*problems)
-
-
-def count_steps(plan: MergePlan) -> dict[str, int]:
-    """Return how many output tensors are `kept`, `updated`, `cast`, `replaced` and `added` from the adapter."""
-    counts = Counter({"kept": 0, "updated": 0, "cast": 0, "replaced": 0, "added": 0})
-    for step in plan.steps():
-        match step:
-            case KeepTensor():
-                counts["kept"] += 1
-            case ReplaceTensor(base=None):
-                counts["added"] += 1
-            case ReplaceTensor() | UpdateTensor(updates=(), overlay=TensorSource()):
-                counts["replaced"] += 1
-            case UpdateTensor(updates=()):
-                counts["cast"] += 1
-            case UpdateTensor():
-                counts["updated"] += 1
-    return dict(counts)
-
-
-def _policy(plan: MergePlan, overwrite: bool) -> OutputPolicy:
-    shards = [Path(file.path) for file in (*plan.base_files, *plan.adapter_files)]
-    sides = [Path(file.path) for file in plan.side_files]
-    files = (*shards, *sides, Path(plan.base_root), Path(plan.adapter_root) / CONFIG_NAME)
-    return OutputPolicy(overwrite, RECORD_NAME, Path(plan.base_root), files)
-
-
-def _write(plan: MergePlan, target: Path, options: RunOptions, progress: ProgressCallback | None) -> dict[str, bool]:
-    """Write and publish the output; return the updated tensors and whether any element of each changed."""
-    engine = Engine(plan.options.compute_dtype, plan.tensor_bytes, options)
-    with StagingDirectory(target) as staging:
-        _check_inputs(plan)
-        with ExitStack() as opened:
-            engine.run(_open_shards(plan, staging.path, opened), progress)
-        changed = _changes(plan, engine, staging.path)
-        _copy_side_files(plan, staging.path)
-        for file in plan.written_files:
-            staging.write_text(file.name, file.text)
-        staging.write_text(RECORD_NAME, record_text(plan, count_steps(plan)))
-        staging.publish(_policy(plan, options.overwrite))
-    return changed
-
-
-def _check_inputs(plan: MergePlan) -> None:
-    """Refuse inputs that are no longer what the plan was made from."""
-    readers = [
-        *((file, read_shard_file) for file in plan.base_files),
-        *((file, read_weights) for file in plan.adapter_files),
-    ]
-    for file, read in readers:
-        try:
-            found = read(Path(file.path))
-        except RefusedError as error:
-            raise InputChangedError(str(error)) from error
-        if (found.size, found.digest) != (file.byte_count, file.header_sha256):
-            raise InputChangedError(
-                f"{quote(file.path)}: expected the file that the plan was made from, found another; plan again"
-            )
-
-
-def _open_shards(plan: MergePlan, folder: Path, opened: ExitStack) -> Iterator[tuple[ShardPlan, OutputFile]]:
-    for shard in plan.shards:
-        yield shard, opened.enter_context(OutputFile(folder / shard.name, shard.byte_count))
-
-
-def _changes(plan: MergePlan, engine: Engine, folder: Path) -> dict[str, bool]:
-    updated = [step for step in plan.steps() if isinstance(step, UpdateTensor) and step.updates]
-    changed = {step.entry.name: step.entry.name in engine.changed for step in updated}
-    is_changed = any(changed.values()) or _has_other_tensors(plan)
-    if not is_changed and not any(_replacement_differs(shard, folder) for shard in plan.shards):
-        raise NothingChangedError
-    return changed
-
-
-def _has_other_tensors(plan: MergePlan) -> bool:
-    """Whether the output has rows laid over the base's, or copies of its layers, whatever their values."""
-    steps = list(plan.steps())
-    overlaid = any(isinstance(step, UpdateTensor) and step.overlay for step in steps)
-    copied = Counter((step.source.path, step.source.offset) for step in steps if step.source.byte_count)
-    return overlaid or any(count > 1 for count in copied.values())
-
-
-def _replacement_differs(shard: ShardPlan, folder: Path) -> bool:
-    """Whether a tensor of the shard that came from the adapter differs from the base's."""
-    with OpenFiles() as files:
-        for step in shard.steps:
-            if isinstance(step, ReplaceTensor):
-                if step.base is None or step.entry.shape != step.base.shape:
-                    return True
-                written = replace(step.base, path=str(folder / shard.name), offset=shard.data_start + step.entry.start)
-                is_cast = step.entry.dtype != step.base.dtype
-                if is_cast or not all(map(eq, files.chunks(written), files.chunks(step.base))):
-                    return True
-    return False
-
-
-def _copy_side_files(plan: MergePlan, folder: Path) -> None:
-    with OpenFiles() as files:
-        for side in plan.side_files:
-            target = folder / side.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with OutputFile(target, side.byte_count) as file:
-                file.copy_from(files, side.path, 0, 0, side.byte_count)
-                file.finish()
-            if Path(side.path).stat().st_size != side.byte_count:
-                raise InputChangedError(f"{quote(side.path)}: expected {side.byte_count} bytes as planned; it changed")
 
 
 def _describe(error: OSError) -> str:

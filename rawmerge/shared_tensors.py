@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final, Generic, TypeVar
 
 from rawmerge.merge_plan import ShardPlan, UpdateTensor
 from rawmerge.tensor_source import TensorSource
 
-#: What is kept at most, in bytes of the adapter's file; a layer of experts of rank 16 takes a quarter.
-KEPT_BYTES: Final = 256 * 2**20
+#: What is kept at most unless told, in bytes of the adapter's file.
+KEPT_BYTES: Final = 32 * 2**20
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ def count_uses(shards: Iterable[ShardPlan]) -> Counter[TensorSource]:
 
 
 class SharedTensors(Generic[T]):
-    """What was read of sources that are used more than once, until their last use; the least recently used go first.
+    """What was read of sources that are used more than once, until their last use; what has no room beside them is read again.
 
     Safe for any number of threads; what it hands out is shared and must not be changed.
     """
@@ -31,7 +31,7 @@ class SharedTensors(Generic[T]):
     def __init__(self, uses: Counter[TensorSource], kept_bytes: int = KEPT_BYTES) -> None:
         self._uses_left = {source: count for source, count in uses.items() if count > 1}
         self._reading = {source: threading.Lock() for source in self._uses_left}
-        self._kept: OrderedDict[TensorSource, T] = OrderedDict()
+        self._kept: dict[TensorSource, T] = {}
         self._limit = kept_bytes
         self._byte_count = 0
         self._lock = threading.Lock()
@@ -49,14 +49,13 @@ class SharedTensors(Generic[T]):
             return value
 
     def _use(self, source: TensorSource, value: T) -> None:
-        self._drop(source)
         self._uses_left[source] -= 1
-        # one that would push out most others would make each of them be read again
-        if self._uses_left[source] > 0 and source.byte_count <= self._limit // 2:
+        if self._uses_left[source] == 0:
+            self._drop(source)
+        # steps go through all of a layer's in turn: one that pushed out another would soon be pushed out by that one
+        elif source not in self._kept and self._byte_count + source.byte_count <= self._limit:
             self._kept[source] = value
             self._byte_count += source.byte_count
-            while self._byte_count > self._limit:
-                self._drop(next(iter(self._kept)))
 
     def _drop(self, source: TensorSource) -> None:
         if self._kept.pop(source, None) is not None:

@@ -94,3 +94,30 @@ def tiny_merge(folder: Path) -> tuple[Path, Path]:
     (base / "tokenizer.json").write_text('{"version": "1.0"}')
     pairs = lora_pair("model.layers.0.q_proj", 12, 8) | lora_pair("model.layers.1.q_proj", 12, 8, seed=1)
     return base, write_adapter(folder / "adapter", pairs)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Return relative path to content of every file in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def shard_name(number: int, count: int) -> str:
+    """Return the usual name of one shard of several."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def layered_merge(folder: Path, layers: int = 3, changed: Sequence[int] = (0, 1)) -> tuple[Path, Path]:
+    """Write a base of one shard per layer, each with a linear weight and a norm, and an adapter on some layers."""
+    shards = [
+        {
+            f"model.layers.{layer}.q_proj.weight": random_tensor((12, 8), seed=layer),
+            f"model.layers.{layer}.norm.weight": random_tensor((8,), seed=layer),
+        }
+        for layer in range(layers)
+    ]
+    base = write_base(folder / "base", shards)
+    (base / "tokenizer.json").write_text('{"version": "1.0"}')
+    pairs: dict[str, torch.Tensor] = {}
+    for layer in changed:
+        pairs |= lora_pair(f"model.layers.{layer}.q_proj", 12, 8, seed=layer)
+    return base, write_adapter(folder / "adapter", pairs)

@@ -150,7 +150,15 @@ def test_a_summary_is_one_json_object() -> None:
         "byte_count": 4_000_000,
         "seconds": 2.0,
         "notes": [],
+        "linked": 0,
+        "reused": 0,
+        "consumed": 0,
     }
+
+
+def test_a_summary_tells_of_shards_that_were_not_made() -> None:
+    text = summary_text(replace(SUMMARY, linked=1, reused=3, consumed=2))
+    assert ", 1 shard linked, 3 shards reused, 2 shards deleted from the base;" in text
 
 
 def test_an_inspection_shows_its_facts_and_a_verdict() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from rawmerge.errors import (
     NothingChangedError,
     OutputError,
 )
+from rawmerge.run_options import MECHANISMS
 from tests.builders import (
     ALPHA,
     PREFIX,
@@ -111,12 +113,19 @@ def test_threads_tile_heights_and_shard_layout_change_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_dtype: str
 ) -> None:
     results = set()
-    for run, (threads, elements, shards) in enumerate(product((1, 2, 3), (4096, 2**14, 2**20), (1, 3))):
+    cases = [
+        *product((1, 2, 3), (4096, 2**14, 2**20), (1, 3), [()]),
+        *((2, 2**14, 3, [name]) for name in MECHANISMS),
+        (1, 2**20, 2, MECHANISMS),
+    ]
+    for run, (threads, elements, shards, without) in enumerate(cases):
         # engines are built with the module's default tile size
         monkeypatch.setattr(engine_module.Engine.__init__, "__defaults__", (elements,))
         folder = tmp_path / f"{run}"
         base, adapter = large_merge(folder, shards)
-        rawmerge.merge_adapter(base, adapter, folder / "out", threads=threads, compute_dtype=compute_dtype)
+        rawmerge.merge_adapter(
+            base, adapter, folder / "out", threads=threads, compute_dtype=compute_dtype, without=without
+        )
         results.add(tuple(sorted((name, raw(tensor)) for name, tensor in read_all(folder / "out").items())))
     assert len(results) == 1
 
@@ -243,7 +252,7 @@ def test_progress_ends_at_the_total(tiny: Paths, tmp_path: Path) -> None:
     assert done[-1] == seen[-1].total_bytes == sum(tensor.nbytes for tensor in read_all(tiny[0]).values())
 
 
-WRITES = ["pwrite", "fsync", "posix_fallocate", "copy_file_range"]
+WRITES = ["pwrite", "fsync", "posix_fallocate", "preadv"]
 
 
 @pytest.mark.parametrize("call", WRITES)
@@ -266,16 +275,11 @@ def test_short_writes_and_reads_are_continued(tiny: Paths, tmp_path: Path, monke
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, bytes(data)[:7], at))
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:5]], at))
-    monkeypatch.setattr(os, "copy_file_range", _unsupported)
     rawmerge.merge_adapter(*tiny, tmp_path / "again")
     assert folder_bytes(tmp_path / "again") == folder_bytes(tmp_path / "out")
 
 
-def _unsupported(*_: object) -> int:
-    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-
-@pytest.mark.parametrize("missing", ["copy_file_range", "posix_fallocate"])
+@pytest.mark.parametrize("missing", ["posix_fadvise", "posix_fallocate"])
 def test_systems_without_a_call_write_the_same_bytes(
     tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
@@ -283,6 +287,55 @@ def test_systems_without_a_call_write_the_same_bytes(
     monkeypatch.delattr(os, missing)
     rawmerge.merge_adapter(*tiny, tmp_path / "again")
     assert folder_bytes(tmp_path / "again") == folder_bytes(tmp_path / "out")
+
+
+def test_where_files_can_be_cloned_only_what_changes_is_written(
+    tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    written: list[int] = []
+    cloned: list[int] = []
+    pwrite = os.pwrite
+
+    def ioctl(target: int, request: int, source: int) -> int:
+        assert request == 0x40049409  # FICLONE
+        content = os.pread(source, 2**30, 0)
+        cloned.append(len(content))
+        return pwrite(target, content, 0)
+
+    def count(descriptor: int, data: bytes, at: int) -> int:
+        written.append(len(data))
+        return pwrite(descriptor, data, at)
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(os, "pwrite", count)
+    seen: list[rawmerge.Progress] = []
+    rawmerge.merge_adapter(*tiny, tmp_path / "cloned", progress=seen.append)
+    assert seen[-1].done_bytes == seen[-1].total_bytes
+    with_clones = sum(written)
+    written.clear()
+    rawmerge.merge_adapter(*tiny, tmp_path / "copied", without=["reflink"])
+    assert len(cloned) == 2
+    assert folder_bytes(tmp_path / "cloned") == folder_bytes(tmp_path / "copied") == folder_bytes(tmp_path / "out")
+    base, merged_tensors = read_all(tiny[0]), read_all(tmp_path / "out")
+    kept = sum(tensor.nbytes for name, tensor in base.items() if raw(tensor) == raw(merged_tensors[name]))
+    assert sum(written) - with_clones == kept > 0
+
+
+def test_a_clone_does_not_stand_for_tensors_of_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"head.weight": random_tensor((6, 8)), "net.weight": random_tensor((12, 8)), "z": random_tensor((5,))}
+    base = write_base(tmp_path / "base", [weights])
+    head = random_tensor((6, 8), seed=9)
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        lora_pair("net", 12, 8) | {f"{PREFIX}head.weight": head},
+        modules_to_save=["head"],
+        target_modules=["net"],
+    )
+    pwrite = os.pwrite
+    monkeypatch.setattr(fcntl, "ioctl", lambda to, _, source: pwrite(to, os.pread(source, 2**30, 0), 0))
+    rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+    assert raw(read_all(tmp_path / "out")["head.weight"]) == raw(head)
 
 
 def test_a_base_that_changed_since_the_plan_is_refused(tiny: Paths, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""One run of a plan, as it was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rawmerge.formats.adapter_config import CONFIG_NAME
+from rawmerge.identity import RECORD_NAME
+from rawmerge.jobs import ProgressCallback
+from rawmerge.memory_budget import MemoryBudget
+from rawmerge.merge_plan import MergePlan
+from rawmerge.output_directory import OutputPolicy
+from rawmerge.run_options import RunOptions
+
+if TYPE_CHECKING:
+    from rawmerge.devices import Device
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What to run.
+
+    Attributes:
+        plan: what to write.
+        output: the directory to make.
+        options: how.
+        report: told of the progress; an exception from it ends the run.
+        device: where updates are computed, None for the CPU.
+        budget: what it may take, None for what suits any merge.
+    """
+
+    plan: MergePlan
+    output: Path
+    options: RunOptions
+    report: ProgressCallback | None = None
+    device: Device | None = None
+    budget: MemoryBudget | None = None
+
+    @property
+    def policy(self) -> OutputPolicy:
+        """What may stand at the output, and what must not be touched."""
+        plan = self.plan
+        shards = [Path(file.path) for file in (*plan.base_files, *plan.adapter_files)]
+        sides = [Path(file.path) for file in plan.side_files]
+        files = (*shards, *sides, Path(plan.base_root), Path(plan.adapter_root) / CONFIG_NAME)
+        return OutputPolicy(self.options.overwrite, RECORD_NAME, Path(plan.base_root), files)

@@ -1,0 +1,67 @@
+"""Makes some of a plan's shards with the engine, and tells how far the whole merge is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from rawmerge.engine import Engine
+from rawmerge.jobs import Progress, ProgressCallback
+from rawmerge.merge_plan import ShardPlan
+from rawmerge.run_request import RunRequest
+from rawmerge.shard_writer import OutputFile
+
+
+class ShardRun:
+    """The shards of one merge, made or taken over one after the other.
+
+    Attributes:
+        changed: names of the updated tensors of which at least one element differs from the base.
+    """
+
+    def __init__(self, request: RunRequest, folder: Path) -> None:
+        self.changed: set[str] = set()
+        self._compute_dtype = request.plan.options.compute_dtype
+        self._options = request.options
+        self._device = request.device
+        self._budget = request.budget
+        self._folder = folder
+        self._report = request.report
+        self._done_bytes = 0
+        self._total_bytes = request.plan.tensor_bytes
+
+    def skip(self, shard: ShardPlan) -> None:
+        """Tell of a shard that need not be made."""
+        self._done_bytes += _tensor_bytes(shard)
+        if self._report and shard.steps:
+            self._report(Progress(self._done_bytes, self._total_bytes, shard.steps[-1].entry.name, shard.name))
+
+    def make(self, shards: Sequence[ShardPlan]) -> None:
+        """Write shards and make them durable.
+
+        Raises:
+            MergeError: a tensor is not finite, or an input changed; OSError: a file operation failed.
+        """
+        if not shards:
+            return
+        engine = Engine(self._compute_dtype, self._total_bytes, self._options, device=self._device, budget=self._budget)
+        with ExitStack() as opened:
+            engine.run(self._open(shards, opened), self._later_report())
+        self.changed |= engine.changed
+        self._done_bytes += sum(map(_tensor_bytes, shards))
+
+    def _open(self, shards: Sequence[ShardPlan], opened: ExitStack) -> Iterator[tuple[ShardPlan, OutputFile]]:
+        for shard in shards:
+            yield shard, opened.enter_context(OutputFile(self._folder / shard.name, shard.byte_count))
+
+    def _later_report(self) -> ProgressCallback | None:
+        report, before = self._report, self._done_bytes
+        if report is None or not before:
+            return report
+        return lambda at: report(replace(at, done_bytes=before + at.done_bytes))
+
+
+def _tensor_bytes(shard: ShardPlan) -> int:
+    return sum(step.entry.byte_count for step in shard.steps)

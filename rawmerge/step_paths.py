@@ -1,0 +1,35 @@
+"""Which steps the compiled kernel does, which torch does, and what this machine knows about it. No torch here."""
+
+from __future__ import annotations
+
+from rawmerge.certificates import Certificates
+from rawmerge.merge_plan import Step
+from rawmerge.native import kernel
+from rawmerge.plain_pairs import PlainPair, find_pair
+from rawmerge.run_options import RunOptions
+
+
+class StepPaths:
+    """The ways in which the steps of one merge are computed.
+
+    Attributes:
+        certificates: what is known of the kernel's bits; None where it is not there, or not to be used.
+    """
+
+    def __init__(self, compute_dtype: str, options: RunOptions) -> None:
+        has_kernel = kernel() is not None and options.uses("kernel") and options.device == "cpu"
+        self.certificates = Certificates() if has_kernel else None
+        self._compute_dtype = compute_dtype
+
+    def pair(self, step: Step) -> PlainPair | None:
+        """Return a step's pair if the kernel may do it."""
+        return find_pair(step, self._compute_dtype) if self.certificates else None
+
+    def block(self, pair: PlainPair) -> int | None:
+        """Return the block with which the kernel has torch's bits; 0 for none, None where no trial was made."""
+        return self.certificates.block(pair.recipe) if self.certificates else 0
+
+    def needs_torch(self, step: Step) -> bool:
+        """Whether torch must be imported before this step can be computed."""
+        pair = self.pair(step)
+        return pair is None or not self.block(pair)
