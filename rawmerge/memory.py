@@ -27,12 +27,12 @@ from rawmerge.tensor_source import CHUNK_BYTES, TensorSource
 from rawmerge.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS
 
 #: Resident memory of Python 3.11 with all of rawmerge but torch, on Linux.
-PYTHON_BYTES: Final = 33 * 10**6
+PYTHON_BYTES: Final = 32 * 10**6
 #: What a planned tensor takes: one that is changed, with its updates and names, and one that is kept.
 CHANGED_BYTES: Final = 5500
 KEPT_BYTES: Final = 1200
 #: What importing torch 2.13 for the CPU adds, with its libraries' own buffers once they have multiplied.
-TORCH_BYTES: Final = 205 * 10**6
+TORCH_BYTES: Final = 209 * 10**6
 #: What torch's libraries for decompositions and Fourier transforms take on top when they are first called.
 LIBRARY_BYTES: Final = 30 * 10**6
 #: Each thread's buffer for what is copied.
@@ -103,7 +103,8 @@ class MemoryForecaster:
         changed = [step for step in steps if not isinstance(step, KeepTensor)]
         self._demands = [self._demand(step, paths) for step in changed]
         self._python = PYTHON_BYTES + CHANGED_BYTES * len(changed) + KEPT_BYTES * (len(steps) - len(changed))
-        self._checksums = 2 * min(CHUNK_BYTES, sum(file.byte_count for file in plan.adapter_files))
+        self._aside = _aside_bytes(plan, changed)
+        self._copies = _COPY_BYTES if len(changed) < len(steps) else 0
         self._shared = _shared_bytes(self._demands, count_uses(plan.shards))
         self._whole = tuple(sorted(_whole_demands(changed), key=lambda item: -item[2]))
 
@@ -131,7 +132,7 @@ class MemoryForecaster:
         return MemoryForecast(
             python=self._python,
             torch=TORCH_BYTES if self.needs_torch else 0,
-            buffers=threads * (tiles + _COPY_BYTES) + self._checksums,
+            buffers=threads * (tiles + self._copies) + self._aside,
             updates=sum(demand.held for demand in held) + libraries,
             shared=self._shared if shared_bytes is None else min(self._shared, shared_bytes),
             whole=self._whole,
@@ -176,14 +177,21 @@ def _whole_demands(steps: Iterable[Step]) -> Iterator[tuple[str, str, int]]:
                 yield step.entry.name, update.reach, update.working_bytes
 
 
+def _aside_bytes(plan: MergePlan, steps: Iterable[UpdateTensor | ReplaceTensor]) -> int:
+    """Return what reading the adapter for checksums takes, of its file and of each tensor, and copying side files."""
+    sizes = [source.byte_count for step in steps for source in _adapter_sources(step)]
+    file = max((file.byte_count for file in plan.adapter_files), default=0)
+    return min(CHUNK_BYTES, file) + min(CHUNK_BYTES, max(sizes, default=0)) + _COPY_BYTES
+
+
+def _adapter_sources(step: UpdateTensor | ReplaceTensor) -> Iterator[TensorSource]:
+    for update in step.updates if isinstance(step, UpdateTensor) else ():
+        yield from update.tensors.values()
+
+
 def _shared_bytes(demands: Iterable[Demand], uses: Counter[TensorSource]) -> int:
     by_torch = (demand.step for demand in demands if demand.pair is None)
-    sources = {
-        source
-        for step in by_torch
-        for update in (step.updates if isinstance(step, UpdateTensor) else ())
-        for source in update.tensors.values()
-    }
+    sources = {source for step in by_torch for source in _adapter_sources(step)}
     return sum(source.byte_count for source in sources if uses[source] > 1)
 
 

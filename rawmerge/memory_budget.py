@@ -121,9 +121,12 @@ def _refusal(least: MemoryForecast, limit: MemoryLimit) -> Problem:
     name, held = least.largest
     most = f"{least.python + least.torch} for Python{' and torch' if least.torch else ''}, {held} for this tensor"
     hint = "give it more, or take a machine that has more"
-    if limit.origin != "--max-memory":
+    if least.torch and least.is_first:
+        hint = "only the first merge of such shapes needs torch, to learn how it sums; run one without the limit"
+    elif limit.origin != "--max-memory":
         hint = "raise that limit; --max-memory says how much to take all the same"
-    return Problem(name, f"a merge in {limit.byte_count} bytes ({limit.origin})", f"{least.peak} needed: {most}", hint)
+    expected = f"to merge in {limit.byte_count} bytes of memory ({limit.origin})"
+    return Problem(name, expected, f"{least.peak} bytes needed: {most}", hint)
 
 
 def _check_address_space(forecaster: MemoryForecaster) -> None:

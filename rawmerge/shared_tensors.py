@@ -23,7 +23,9 @@ def count_uses(shards: Iterable[ShardPlan]) -> Counter[TensorSource]:
 
 
 class SharedTensors(Generic[T]):
-    """What was read of sources that are used more than once, until their last use; what has no room beside them is read again.
+    """What was read of sources that are used more than once, until their last use.
+
+    What has no room beside them is read again.
 
     Safe for any number of threads; what it hands out is shared and must not be changed.
     """

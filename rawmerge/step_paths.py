@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 from rawmerge.certificates import Certificates
 from rawmerge.merge_plan import Step
 from rawmerge.native import kernel
 from rawmerge.plain_pairs import PlainPair, find_pair
 from rawmerge.run_options import RunOptions
+from rawmerge.tiles import is_low
 
 
 class StepPaths:
@@ -20,10 +23,13 @@ class StepPaths:
         has_kernel = kernel() is not None and options.uses("kernel") and options.device == "cpu"
         self.certificates = Certificates() if has_kernel else None
         self._compute_dtype = compute_dtype
+        self._has_callers_torch = "torch" in sys.modules
 
     def pair(self, step: Step) -> PlainPair | None:
         """Return a step's pair if the kernel may do it."""
-        return find_pair(step, self._compute_dtype) if self.certificates else None
+        pair = find_pair(step, self._compute_dtype) if self.certificates else None
+        # bits of low products depend on torch's thread count, which a caller who has torch may have changed
+        return None if pair and self._has_callers_torch and is_low(pair.recipe.rows, pair.recipe.columns) else pair
 
     def block(self, pair: PlainPair) -> int | None:
         """Return the block with which the kernel has torch's bits; 0 for none, None where no trial was made."""

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Final
 
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import OpenFiles, TensorSource
-
-_PAGE_BYTES: Final = 4096
 
 
 class WriteBehind:
@@ -26,6 +23,8 @@ class WriteBehind:
         self._lock = threading.Lock()
         self._disk = threading.Lock()
         self._dirty: dict[OutputFile, int] = {}
+        self._read_bytes = 0
+        self._ends: dict[str, int] = {}
 
     @property
     def is_on(self) -> bool:
@@ -53,13 +52,22 @@ class WriteBehind:
             return files
 
     def read(self, files: OpenFiles, path: str, offset: int, byte_count: int) -> None:
-        """Give up the pages of a range that will not be read again."""
-        first = -(-offset // _PAGE_BYTES) * _PAGE_BYTES  # pages shared with the neighbours stay
-        count = (offset + byte_count) // _PAGE_BYTES * _PAGE_BYTES - first
-        if self.is_on and count > 0 and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(files.descriptor(path), first, count, os.POSIX_FADV_DONTNEED)
+        """Count bytes that were read and will not be again; after a window of them, give up what lies before them.
+
+        Not range by range: the system forgets no block of pages that a range only touches, and blocks may be large.
+        """
+        if not (self.is_on and hasattr(os, "posix_fadvise")):
+            return
+        with self._lock:
+            self._read_bytes += byte_count
+            self._ends[path] = max(self._ends.get(path, 0), offset + byte_count)
+            if self._read_bytes < self._window:
+                return
+            ends, self._ends, self._read_bytes = self._ends, {}, 0
+        for each, end in ends.items():
+            os.posix_fadvise(files.descriptor(each), 0, end, os.POSIX_FADV_DONTNEED)
 
     def read_rows(self, files: OpenFiles, source: TensorSource, rows: tuple[int, int], row_count: int) -> None:
-        """Give up the pages of (first row, how many) of a tensor that has `row_count` rows."""
+        """Do the same for (first row, how many) of a tensor that has `row_count` rows."""
         row_bytes = source.byte_count // row_count
         self.read(files, source.path, source.offset + rows[0] * row_bytes, rows[1] * row_bytes)

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+# Read by torch's thread pool when it is loaded, so before anything imports torch. Threads that wait for work sleep and
+# leave the cores to the other processes; how many there are, and so every bit, stays as users have it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from tests.builders import tiny_merge
 
 

@@ -201,3 +201,33 @@ def test_without_a_home_nothing_is_remembered(tmp_path: Path, monkeypatch: pytes
     Certificates().add({RECIPE: 4})
     assert Certificates().block(RECIPE) is None
     assert list(tmp_path.iterdir()) == []
+
+
+LOW = """
+import sys
+import rawmerge
+if sys.argv[4]:
+    import torch
+    torch.set_num_threads(int(sys.argv[4]))
+rawmerge.merge_adapter(*sys.argv[1:4])
+"""
+
+
+@needs_kernel
+def test_low_products_follow_the_thread_count_of_a_caller_who_has_torch(cache: Path, tmp_path: Path) -> None:
+    """Their bits depend on it, so what was found with torch's own count must not be used with another."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    random = torch.Generator().manual_seed(5)
+    rows, columns, rank = 48, 40, 64
+    save_file({"net.weight": torch.randn(rows, columns, generator=random)}, base / "model.safetensors")
+    factors = {
+        "base_model.model.net.lora_A.weight": torch.randn(rank, columns, generator=random),
+        "base_model.model.net.lora_B.weight": torch.randn(rows, rank, generator=random),
+    }
+    write_adapter(adapter, factors, r=rank, lora_alpha=9, target_modules=["net"])
+    for threads in ("", "1", "3"):
+        for name, options in (("kernel", LOW), ("torch", LOW.replace("[1:4])", "[1:4], without=['kernel'])"))):
+            output = str(tmp_path / f"{name}{threads}")
+            subprocess.run([sys.executable, "-c", options, str(base), str(adapter), output, threads], check=True)
+        assert folder_bytes(tmp_path / f"kernel{threads}") == folder_bytes(tmp_path / f"torch{threads}")

@@ -153,6 +153,8 @@ def test_a_summary_is_one_json_object() -> None:
         "linked": 0,
         "reused": 0,
         "consumed": 0,
+        "predicted_peak_bytes": None,
+        "measured_peak_bytes": None,
     }
 
 

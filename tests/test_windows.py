@@ -278,19 +278,19 @@ def test_a_source_is_read_once_and_let_go_with_its_last_use() -> None:
     assert reads.shared._byte_count == 0
 
 
-def test_what_was_used_least_recently_goes_first() -> None:
+def test_what_came_first_stays() -> None:
     reads = Reads({source_of(number): 9 for number in range(3)}, kept_bytes=20)
     for number in (0, 1, 0, 2, 0, 1):
         reads.use(source_of(number))
-    assert reads.read == [0, 1, 2, 1]
+    assert reads.read == [0, 1, 2]
     assert reads.shared._byte_count == 20
 
 
-def test_what_would_push_out_most_others_is_not_kept() -> None:
+def test_what_has_no_room_is_read_again() -> None:
     reads = Reads({source_of(0, 60): 3, source_of(1, 50): 3}, kept_bytes=100)
     for number, byte_count in ((0, 60), (1, 50), (0, 60), (1, 50)):
         reads.use(source_of(number, byte_count))
-    assert reads.read == [0, 1, 0]
+    assert reads.read == [0, 1, 1]
 
 
 def test_threads_that_want_a_source_at_once_read_it_once() -> None:

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 import rawmerge
 from tests.parity import peft_oracle as oracle
 from tests.parity import tiny_models as tiny
+from tests.parity.folder_cache import FolderCache, described
 
 peft = pytest.importorskip("peft")
 
 WEIGHTS = "adapter_model.safetensors"
+_ADAPTERS = FolderCache()
 #: Linear weights of a tiny Llama: square (q), wide (k), high (gate) and low (down).
 LLAMA_TARGETS = ("q_proj", "k_proj", "gate_proj", "down_proj")
 #: Conv1D weights of a tiny GPT-2: wide, square, wide, high.
@@ -53,12 +55,23 @@ class Case:
 
 def write_case(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
     """Save the base and the adapter, all of whose trained values are random; return their folders."""
-    base = oracle.save_base(folder / "base", case.auto, case.model(), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = case.make_config()
+    model = case.model()
+    base = oracle.save_base(folder / "base", case.auto, model, dtype)
     adapter = folder / "adapter"
+    key = described(case.auto, type(model), model.to_dict(), dtype, type(config), config.to_dict(), case.spread)
+    _ADAPTERS.fill(adapter, key and (key, case.edit), lambda: _train(case, config, base, adapter))
+    edit_config(adapter, base_model_name_or_path=str(base))
+    return base, adapter
+
+
+def _train(case: Case, config: Any, base: Path, adapter: Path) -> None:
     torch.manual_seed(5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(oracle.load_pretrained(base, case.auto), case.make_config())
+        wrapped = peft.get_peft_model(oracle.copy_pretrained(base, case.auto), config)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for parameter in wrapped.parameters():
@@ -68,7 +81,6 @@ def write_case(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Path, Path
         wrapped.save_pretrained(adapter)
     path = adapter / WEIGHTS
     save_file(case.edit(load_file(path)), path, metadata={"format": "pt"})
-    return base, adapter
 
 
 def peft_merge(case: Case, base: Path, adapter: Path, folder: Path) -> dict[str, oracle.RawTensor]:
@@ -196,5 +208,6 @@ def _assert_refused(base: Path, adapter: Path, tensors: dict[str, torch.Tensor],
 def edit_config(adapter: Path, **fields: Any) -> None:
     """Set fields of adapter_config.json; None takes one out."""
     path = adapter / "adapter_config.json"
+    taken_out = {name for name, value in fields.items() if value is None}
     config = {**json.loads(path.read_text()), **fields}
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in taken_out}))

@@ -14,10 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.parity.folder_cache import FolderCache, described
+from tests.parity.model_cache import ModelCache
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+# neither is compared with anything, and both cost a tenth of the time of a tiny merge
+peft.PeftModel.create_or_update_model_card = lambda _model, _folder: None
+transformers.utils.logging.disable_progress_bar()
 
 Loader: TypeAlias = Callable[[], torch.nn.Module]
+
+_BASES: Final = FolderCache()
+_MODELS: Final = ModelCache()
 
 #: What PEFT and transformers warn of in every run, by message and place.
 QUIET: Final = (
@@ -60,10 +69,14 @@ def _read_file(file: Path) -> dict[str, RawTensor]:
 
 def save_base(folder: Path, auto: str, config: Any, dtype: torch.dtype, max_shard_size: str = "60KB") -> Path:
     """Save a model with random weights, norms and biases included; `auto` names a transformers auto class."""
-    torch.manual_seed(1)
-    model = getattr(transformers, auto).from_config(config, dtype=dtype)
-    _randomise(model, seed=2, spread=0.05, select=lambda _: True)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+    def make() -> None:
+        torch.manual_seed(1)
+        model = getattr(transformers, auto).from_config(config, dtype=dtype)
+        _randomise(model, seed=2, spread=0.05, select=lambda _: True)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+    _BASES.fill(folder, described(auto, type(config), config.to_dict(), dtype, max_shard_size), make)
     return folder
 
 
@@ -73,10 +86,18 @@ def pretrained(folder: Path, auto: str, dtype: torch.dtype | str = "auto") -> Lo
 
 
 def load_pretrained(folder: Path, auto: str, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
-    """Load a checkpoint in evaluation mode."""
+    """Load a checkpoint in evaluation mode; its weights are mapped from the files, as users have them."""
     model = getattr(transformers, auto).from_pretrained(folder, dtype=dtype, local_files_only=True)
     assert isinstance(model, torch.nn.Module)
     return model.eval()
+
+
+def copy_pretrained(folder: Path, auto: str) -> torch.nn.Module:
+    """Return a model to train: that of the checkpoint, its weights in memory of its own.
+
+    Not to merge with: products may have other bits where mapped weights lie at no multiple of 16 bytes.
+    """
+    return _MODELS.load(folder, auto, lambda: load_pretrained(folder, auto))
 
 
 def save_adapter(load: Loader, folder: Path, edits: Mapping[str, Any] | None = None, **lora: Any) -> Path:
