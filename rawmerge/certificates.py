@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +22,7 @@ from rawmerge._version import __version__
 from rawmerge.native import library_path
 from rawmerge.native.recipe import Recipe
 from rawmerge.user_cache import cache_folder, replace_text
+from rawmerge.versions import installed_version
 
 FILE_NAME: Final = "products.json"
 _FORMAT: Final = "rawmerge-products-1"
@@ -64,12 +64,9 @@ class Certificates:
 
 def machine_key() -> str:
     """Return a SHA-256 of all that the order of torch's sums may depend on."""
-    try:
-        torch_version = version("torch")
-    except PackageNotFoundError:
-        torch_version = ""
     variables = sorted((name, value) for name, value in os.environ.items() if name.startswith(_PREFIXES))
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [os.cpu_count()]
+    torch_version = installed_version("torch")
     facts = [__version__, torch_version, sys.version, platform.machine(), _processor(), _build(), usable, variables]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -44,7 +44,11 @@ class StepComputer(Protocol):
     def tiles(self, tile_elements: int) -> Iterator[tuple[int, int]]:
         """Yield (first row, row count) of each tile."""
 
-    def compute(self, first_row: int, row_count: int) -> memoryview:
+    @property
+    def is_placed(self) -> bool:
+        """Whether results lie `phase` bytes behind the beginning of a page of memory."""
+
+    def compute(self, first_row: int, row_count: int, phase: int = 0) -> memoryview:
         """Return the finished bytes of a tile; they stay valid until the thread's next tile."""
 
 
@@ -155,6 +159,7 @@ class _PairComputer:
     def __init__(self, computer: PairComputer, careful: _TorchComputer, computers: Computers) -> None:
         self.tiles = computer.tiles
         self.row_bytes = computer.row_bytes
+        self.is_placed = True
         self._computer = computer
         self._careful = careful
         self._computers = computers
@@ -163,8 +168,8 @@ class _PairComputer:
     def changed(self) -> bool:
         return self._computer.changed or self._careful.changed
 
-    def compute(self, first_row: int, row_count: int) -> memoryview:
-        return self._computer.compute(first_row, row_count, self._computers.pair_scratch())
+    def compute(self, first_row: int, row_count: int, phase: int = 0) -> memoryview:
+        return self._computer.compute(first_row, row_count, self._computers.pair_scratch(), phase)
 
 
 class _TorchComputer:
@@ -174,6 +179,7 @@ class _TorchComputer:
         matrix = matrix_of(step)
         self.tiles = matrix.tiles
         self.row_bytes = step.entry.byte_count // matrix.rows if matrix.rows else 0
+        self.is_placed = False
         self._computers = computers
         self._step = step
         self._lock = threading.Lock()
@@ -183,7 +189,7 @@ class _TorchComputer:
     def changed(self) -> bool:
         return self._computer is not None and self._computer.changed
 
-    def compute(self, first_row: int, row_count: int) -> memoryview:
+    def compute(self, first_row: int, row_count: int, phase: int = 0) -> memoryview:  # noqa: ARG002  # a StepComputer
         scratch = self._computers.tile_scratch()
         with self._lock:
             if self._computer is None:

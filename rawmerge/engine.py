@@ -15,6 +15,7 @@ from rawmerge.jobs import Job, ProgressCallback, RunningJobs, ShardInWork
 from rawmerge.kept_ranges import KeptRange, kept_ranges, whole_source
 from rawmerge.memory_budget import MemoryBudget, default_threads
 from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step, UpdateTensor
+from rawmerge.page_edges import PAGE_BYTES, cut_at_pages
 from rawmerge.run_options import RunOptions
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import OpenFiles
@@ -131,8 +132,7 @@ class Engine:
         """Yield the jobs that copy tensors lying side by side in the source and in the output."""
         source, total = kept.source, kept.byte_count
         target = shard.plan.data_start + kept.start
-        for start in range(0, total, COPY_BYTES):
-            count = min(COPY_BYTES, total - start)
+        for start, count in cut_at_pages(target, total, COPY_BYTES):
             call = self._copy(shard.file, (source.path, source.offset + start), target + start, count)
             yield Job(call, count, kept.last_name)
 
@@ -161,8 +161,9 @@ class Engine:
         step: UpdateTensor | ReplaceTensor,
     ) -> Callable[[], None]:
         def call() -> None:
-            result = computer.compute(*rows)
-            file.write_at(target, result)
+            result = computer.compute(*rows, target % PAGE_BYTES)
+            write = file.write_placed if computer.is_placed else file.write_at
+            write(target, result)
             self._start_writing(file, target, len(result))
             self._behind.read_rows(self._files, step.source, rows, step.entry.byte_count // computer.row_bytes)
             if computer.changed:

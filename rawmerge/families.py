@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 #: Renames that feed each other end after two passes; more would be a circle.
@@ -195,7 +195,7 @@ class _Table:
 
 @lru_cache(maxsize=1)
 def _table() -> _Table:
-    data = json.loads(resources.files("rawmerge").joinpath("families.json").read_bytes())
+    data = json.loads(Path(__file__).with_name("families.json").read_bytes())
     return _Table(
         data["transformers"],
         {key: family["rules"] for family in data["families"] for key in family["keys"]},

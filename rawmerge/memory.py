@@ -23,8 +23,8 @@ from rawmerge.native.pair_kernel import FactorLayout
 from rawmerge.plain_pairs import PlainPair
 from rawmerge.shared_tensors import count_uses
 from rawmerge.step_paths import StepPaths
-from rawmerge.tensor_source import CHUNK_BYTES, TensorSource
-from rawmerge.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS
+from rawmerge.tensor_source import SCAN_BYTES, TensorSource
+from rawmerge.tiles import BLOCK_ELEMENTS, ROW_BLOCK, TILE_ELEMENTS
 
 #: Resident memory of Python 3.11 with all of rawmerge but torch, on Linux.
 PYTHON_BYTES: Final = 32 * 10**6
@@ -32,7 +32,7 @@ PYTHON_BYTES: Final = 32 * 10**6
 CHANGED_BYTES: Final = 5500
 KEPT_BYTES: Final = 1200
 #: What importing torch 2.13 for the CPU adds, with its libraries' own buffers once they have multiplied.
-TORCH_BYTES: Final = 209 * 10**6
+TORCH_BYTES: Final = 217 * 10**6
 #: What torch's libraries for decompositions and Fourier transforms take on top when they are first called.
 LIBRARY_BYTES: Final = 30 * 10**6
 #: Each thread's buffer for what is copied.
@@ -106,6 +106,8 @@ class MemoryForecaster:
         self._aside = _aside_bytes(plan, changed)
         self._copies = _COPY_BYTES if len(changed) < len(steps) else 0
         self._shared = _shared_bytes(self._demands, count_uses(plan.shards))
+        trials = (_trial_bytes(at.pair) for at in self._demands if at.pair and at.needs_torch)
+        self._trial = max(trials, default=0)  # they are made one after the other
         self._whole = tuple(sorted(_whole_demands(changed), key=lambda item: -item[2]))
 
     @property
@@ -133,7 +135,7 @@ class MemoryForecaster:
             python=self._python,
             torch=TORCH_BYTES if self.needs_torch else 0,
             buffers=threads * (tiles + self._copies) + self._aside,
-            updates=sum(demand.held for demand in held) + libraries,
+            updates=sum(demand.held for demand in held) + libraries + self._trial,
             shared=self._shared if shared_bytes is None else min(self._shared, shared_bytes),
             whole=self._whole,
             largest=(held[0].name, held[0].held) if held else ("", 0),
@@ -149,14 +151,12 @@ class MemoryForecaster:
         pair = paths.pair(step) if paths else None
         block = paths.block(pair) if paths and pair else 0
         if pair and (block or block is None):
-            # without a trial, it is the trial's: torch's factor beside the kernel's
-            held = right_layout(pair).packed_bytes * (1 if block else 3)
-            return Demand(step.entry.name, held, not block, step, pair)
+            return Demand(step.entry.name, right_layout(pair).packed_bytes, not block, step, pair)
         return Demand(step.entry.name, _update_bytes(step, self._is_double), True, step, None)
 
     def _buffer_bytes(self, demand: Demand, tile_elements: int) -> int:
         if demand.pair:
-            return _pair_bytes(demand.pair, tile_elements) + (4 * BLOCK_ELEMENTS * 4 if demand.needs_torch else 0)
+            return _pair_bytes(demand.pair, tile_elements)
         return _tile_bytes(demand.step, tile_elements, self._is_double)
 
 
@@ -181,7 +181,7 @@ def _aside_bytes(plan: MergePlan, steps: Iterable[UpdateTensor | ReplaceTensor])
     """Return what reading the adapter for checksums takes, of its file and of each tensor, and copying side files."""
     sizes = [source.byte_count for step in steps for source in _adapter_sources(step)]
     file = max((file.byte_count for file in plan.adapter_files), default=0)
-    return min(CHUNK_BYTES, file) + min(CHUNK_BYTES, max(sizes, default=0)) + _COPY_BYTES
+    return min(SCAN_BYTES, file) + min(SCAN_BYTES, max(sizes, default=0)) + _COPY_BYTES
 
 
 def _adapter_sources(step: UpdateTensor | ReplaceTensor) -> Iterator[TensorSource]:
@@ -218,12 +218,22 @@ def _pair_bytes(pair: PlainPair, tile_elements: int) -> int:
     return stored + (result if result != stored else 0) + left + part
 
 
+def _trial_bytes(pair: PlainPair) -> int:
+    """Return what asking torch for its bits takes: its right factor, and blocks of torch's and of the kernel's."""
+    block = _block_elements(pair.recipe.columns) * (8 if pair.recipe.is_double else 4)
+    return 2 * right_layout(pair).packed_bytes + 4 * block
+
+
 def _tile_bytes(step: UpdateTensor | ReplaceTensor, tile_elements: int, is_double: bool) -> int:
     """Return what one thread holds on the torch path: a tile as stored and as written, a block and its delta."""
-    matrix, compute = matrix_of(step), 8 if is_double else 4
-    rows = max((count for _, count in matrix.tiles(tile_elements)), default=0)
-    elements = rows * matrix.columns
+    matrix = matrix_of(step)
+    elements = max((count for _, count in matrix.tiles(tile_elements)), default=0) * matrix.columns
     stored = DTYPES[step.source.dtype].byte_count(elements) + DTYPES[step.entry.dtype].byte_count(elements)
-    block = max(BLOCK_ELEMENTS, 64 * matrix.columns) if elements > BLOCK_ELEMENTS else elements
-    # beside the block its delta, and what a comparison with the base takes
-    return stored + 4 * block * compute
+    block = min(elements, _block_elements(matrix.columns))
+    is_double = is_double or "F64" in (step.source.dtype, step.entry.dtype)
+    # float64 is rounded by way of float32, of which the ties are looked for
+    return stored + (28 if is_double else 8) * block
+
+
+def _block_elements(columns: int) -> int:
+    return max(BLOCK_ELEMENTS, ROW_BLOCK * columns)

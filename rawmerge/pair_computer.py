@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from rawmerge.dtypes import DTYPES
 from rawmerge.factor_parts import left_rows, right_factor, tile_height
 from rawmerge.native.pair_kernel import PairKernel, anonymous_memory
+from rawmerge.page_edges import PAGE_BYTES
 from rawmerge.plain_pairs import PlainPair
 from rawmerge.tensor_source import OpenFiles
 
@@ -21,12 +22,12 @@ class PairScratch:
     def __init__(self) -> None:
         self._buffers = dict.fromkeys(("stored", "result", "factor", "left"), memoryview(b""))
 
-    def bytes(self, slot: str, byte_count: int) -> memoryview:
-        """Return uninitialised memory, the same at every call with this slot."""
-        if len(self._buffers[slot]) < byte_count:
+    def bytes(self, slot: str, byte_count: int, phase: int = 0) -> memoryview:
+        """Return uninitialised memory `phase` bytes behind a page's beginning, the same at every call with a slot."""
+        if len(self._buffers[slot]) < phase + byte_count:
             self._buffers[slot] = memoryview(b"")  # the smaller one goes first
-            self._buffers[slot] = anonymous_memory(byte_count)
-        return self._buffers[slot][:byte_count]
+            self._buffers[slot] = anonymous_memory(PAGE_BYTES + byte_count)
+        return self._buffers[slot][phase : phase + byte_count]
 
 
 class PairComputer:
@@ -62,8 +63,10 @@ class PairComputer:
         for first in range(0, recipe.rows, height):
             yield first, min(height, recipe.rows - first)
 
-    def compute(self, first_row: int, row_count: int, scratch: PairScratch) -> memoryview:
+    def compute(self, first_row: int, row_count: int, scratch: PairScratch, phase: int = 0) -> memoryview:
         """Return the merged bytes of some rows; they stay valid until the thread's next tile.
+
+        They lie `phase` bytes behind a page's beginning.
 
         Raises:
             NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
@@ -72,17 +75,18 @@ class PairComputer:
         right = self._prepared(scratch)
         recipe, source = self._pair.recipe, self._pair.step.source
         row_bytes = DTYPES[recipe.stored].byte_count(recipe.columns)
-        stored = scratch.bytes("stored", row_count * row_bytes)
+        stored = scratch.bytes("stored", row_count * row_bytes, phase)
         self._files.read_into(source.path, source.offset + first_row * row_bytes, stored)
         result_bytes = row_count * self.row_bytes
         # in place where it fits, to stay in the processor's cache
-        result = stored if result_bytes == len(stored) else scratch.bytes("result", result_bytes)
+        result = stored if result_bytes == len(stored) else scratch.bytes("result", result_bytes, phase)
         left = left_rows(self._pair, self._files, (first_row, row_count), scratch)
         kernel = PairKernel(recipe, self._block, self._pair.scaling, left, right)
         changed, needs_care = kernel.merge(stored, result, (0, row_count), finds_changes=not self.changed)
         if needs_care:
-            return self._careful(first_row, row_count)
-        self.changed = self.changed or changed
+            result[:] = self._careful(first_row, row_count)
+        else:
+            self.changed = self.changed or changed
         return result
 
     def _prepared(self, scratch: PairScratch) -> memoryview:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any, Final
 
 from rawmerge._version import __version__
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import AdapterUse, InputFile, MergePlan
 from rawmerge.tensor_source import OpenFiles, TensorSource
+from rawmerge.versions import installed_version
 
 RECORD_FORMAT: Final = "rawmerge-record-1"
 
@@ -26,7 +26,7 @@ def record_text(plan: MergePlan, counts: Mapping[str, int], device: str = "cpu")
     """
     record: dict[str, Any] = {
         "format": RECORD_FORMAT,
-        "versions": {"rawmerge": __version__, "torch": version("torch")},
+        "versions": {"rawmerge": __version__, "torch": installed_version("torch")},
         "options": _options(plan.options, device),
         "base": {
             "repo": plan.base_repo,

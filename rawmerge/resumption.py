@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +16,7 @@ from rawmerge.merge_plan import MergePlan, ShardPlan
 from rawmerge.record import file_sha256
 from rawmerge.run_options import RunOptions
 from rawmerge.tensor_source import read_shard_file
+from rawmerge.versions import installed_version
 
 _HINT: Final = "put it back as it was, and run the same command again"
 _LOST: Final = "the merge cannot go on; remove {folder}, fetch the base again, and merge anew"
@@ -85,7 +85,7 @@ def is_file_of(status: FileStatus, path: str) -> bool:
 
 
 def _means(options: RunOptions) -> dict[str, str]:
-    return {"rawmerge": __version__, "torch": version("torch"), "device": options.device}
+    return {"rawmerge": __version__, "torch": installed_version("torch"), "device": options.device}
 
 
 def _changed_means(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ import torch
 _CANONICAL_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000}
 #: Bits of a float32 that are all zero where it lies on a tie of the dtype, and seldom elsewhere.
 _LOW_BITS = {torch.bfloat16: 0x7FFF, torch.float16: 0x0FFF}
+_COMPARED_ELEMENTS = 2**16
 _SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CANONICAL_NAN[torch.float64] = 0x7FF8000000000000
 
@@ -70,6 +71,21 @@ def may_overflow(values: torch.Tensor, storage_dtype: torch.dtype) -> bool:
     lowest, highest = (float(extreme) for extreme in torch.aminmax(values))  # NaN where there is any
     limit = torch.finfo(storage_dtype).max
     return not (lowest >= -limit and highest <= limit)
+
+
+def differs(result: torch.Tensor, before: torch.Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether an element of `result` is another than `before` would be stored as; NaN differs from everything.
+
+    Rows are compared a few at a time, which takes little memory and, as a rule, ends with the first of them.
+    """
+    rows = max(1, _COMPARED_ELEMENTS // max(1, before.shape[1]))
+    for first in range(0, len(result), rows):
+        after, old = result[first : first + rows], before[first : first + rows]
+        unchanged = torch.empty_like(after)
+        round_into(unchanged, old.to(compute_dtype))
+        if not torch.equal(after, unchanged):
+            return True
+    return False
 
 
 def newly_non_finite(result: torch.Tensor, before: torch.Tensor) -> bool:

@@ -14,7 +14,6 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +22,7 @@ from rawmerge.file_status import TICK_NS, FileStatus, file_status
 from rawmerge.merge_plan import MergePlan, ShardPlan
 from rawmerge.run_options import RunOptions
 from rawmerge.tensor_source import OpenFiles, TensorSource
+from rawmerge.versions import installed_version
 
 #: What libraries of arithmetic read, and may give other bits for.
 _ARITHMETIC: Final = ("ATEN_", "BLIS_", "CUBLAS_", "KMP_", "MKL_", "NVIDIA_", "OMP_", "OPENBLAS_", "TORCH_")
@@ -120,7 +120,13 @@ def _status_or_none(path: str) -> FileStatus | None:
 def _surroundings(plan: MergePlan, options: RunOptions) -> list[Any]:
     """Return all but the shard and its inputs that may decide its bits, and more rather than less."""
     return [
-        [__version__, version("torch"), version("numpy"), platform.python_version(), _code_digest()],
+        [
+            __version__,
+            installed_version("torch"),
+            installed_version("numpy"),
+            platform.python_version(),
+            _code_digest(),
+        ],
         dataclasses.asdict(plan.options),
         options.device,
         sorted(options.without),  # who switches a mechanism off does not trust what it made

@@ -53,8 +53,15 @@ class ShardRun:
         self._done_bytes += sum(map(_tensor_bytes, shards))
 
     def _open(self, shards: Sequence[ShardPlan], opened: ExitStack) -> Iterator[tuple[ShardPlan, OutputFile]]:
+        uses = self._options.uses
         for shard in shards:
-            yield shard, opened.enter_context(OutputFile(self._folder / shard.name, shard.byte_count))
+            file = OutputFile(
+                self._folder / shard.name,
+                shard.byte_count,
+                preallocates=uses("preallocation"),
+                is_direct=uses("direct-io"),
+            )
+            yield shard, opened.enter_context(file)
 
     def _later_report(self) -> ProgressCallback | None:
         report, before = self._report, self._done_bytes

@@ -6,19 +6,22 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from rawmerge.formats.shard_header import encode_header
+from rawmerge.page_edges import PAGE_BYTES, PageEdges, cut_at_pages
 from rawmerge.tensor_source import CHUNK_BYTES, OpenFiles
 
 #: What file systems answer when they cannot allocate ahead.
 _NO_PREALLOCATION: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 #: Linux, include/uapi/linux/fs.h: _IOW(0x94, 9, int).
 _FICLONE: Final = 0x40049409
-_PAGE_BYTES: Final = 4096
+#: Edges of ranges that are kept in memory at most: 1 MiB of pages.
+_MOST_EDGES: Final = 256
 #: What is read and written at a time where bytes are only copied; a third of a processor core's cache or so.
 _COPY_BYTES: Final = 2**20
 _LOCAL: Final = threading.local()
@@ -27,13 +30,15 @@ _LOCAL: Final = threading.local()
 class OutputFile:
     """A new file of known size; `pwrite` from any thread."""
 
-    def __init__(self, path: Path, byte_count: int, *, preallocates: bool = True) -> None:
+    def __init__(self, path: Path, byte_count: int, *, preallocates: bool = True, is_direct: bool = False) -> None:
         """Create the file and reserve its space.
 
         Args:
             path: where; must not exist.
             byte_count: final size in bytes.
             preallocates: whether space is taken at once, so that it cannot lack later and writing is faster.
+            is_direct: whether whole pages go past the page cache, where the file system can: without it a merge pays
+                for pages of memory that nobody reads, and for their way to the disk.
 
         Raises:
             OSError: it exists, or the disk is too small.
@@ -42,11 +47,16 @@ class OutputFile:
         self._lock = threading.Lock()
         # 0o666 less the umask: a checkpoint is no secret of its writer's
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._direct = -1
+        self._edges = PageEdges()
         try:
             self._reserve(byte_count, preallocates)
         except BaseException:
             os.close(self._descriptor)
             raise
+        if is_direct and hasattr(os, "O_DIRECT"):
+            with suppress(OSError):  # file systems without it
+                self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
 
     def __enter__(self) -> OutputFile:
         return self
@@ -62,10 +72,25 @@ class OutputFile:
 
     def write_at(self, offset: int, buffer: memoryview) -> None:
         """Write all of `buffer` (bytes) from `offset` on."""
-        written = 0
-        while written < len(buffer):
-            chunk = buffer[written : written + CHUNK_BYTES]
-            written += os.pwrite(self._descriptor, chunk, offset + written)
+        if self._direct < 0:
+            self._write_cached(offset, buffer)
+            return
+        for done, place in self._placed_parts(offset, len(buffer)):
+            place[:] = buffer[done : done + len(place)]
+            self.write_placed(offset + done, place)
+
+    def write_placed(self, offset: int, buffer: memoryview) -> None:
+        """Do the same with a buffer that lies as far behind a page's beginning as `offset` does."""
+        head = min(-offset % PAGE_BYTES, len(buffer))
+        end = head + (len(buffer) - head) // PAGE_BYTES * PAGE_BYTES
+        if self._direct < 0 or end == head:
+            self._write_cached(offset, buffer)
+            return
+        self._edges.put(offset, buffer[:head])
+        self._edges.put(offset + end, buffer[end:])
+        self._write_direct(offset + head, buffer[head:end])
+        if len(self._edges) > _MOST_EDGES:
+            self._write_edges()
 
     def copy_from(self, files: OpenFiles, path: str, source_offset: int, offset: int, byte_count: int) -> None:
         """Copy a byte range of another file.
@@ -73,11 +98,37 @@ class OutputFile:
         Through a buffer that stays in the processor's cache: between two files on a local disk the kernel's own copy
         takes as long or longer, and unaligned ranges are never shared. `clone` is for what can be shared.
         """
-        buffer = _copy_buffer()
-        for done in range(0, byte_count, len(buffer)):
-            chunk = buffer[: byte_count - done]
-            files.read_into(path, source_offset + done, chunk)
-            self.write_at(offset + done, chunk)
+        for done, place in self._placed_parts(offset, byte_count):
+            files.read_into(path, source_offset + done, place)
+            self.write_placed(offset + done, place)
+
+    def _placed_parts(self, offset: int, byte_count: int) -> Iterator[tuple[int, memoryview]]:
+        """Yield (how far, memory as long as the next part and placed for it), cut at pages of the file."""
+        memory = _copy_buffer()
+        for done, count in cut_at_pages(offset, byte_count, _COPY_BYTES):
+            phase = (offset + done) % PAGE_BYTES
+            yield done, memory[phase : phase + count]
+
+    def _write_direct(self, offset: int, buffer: memoryview) -> None:
+        """Write whole pages past the page cache; what the system leaves goes through it."""
+        try:
+            written = os.pwrite(self._direct, buffer, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            written = 0  # pages here are larger than ours, or memory must lie otherwise
+        if written < len(buffer):
+            self._write_cached(offset + written, buffer[written:])
+
+    def _write_cached(self, offset: int, buffer: memoryview) -> None:
+        written = 0
+        while written < len(buffer):
+            chunk = buffer[written : written + CHUNK_BYTES]
+            written += os.pwrite(self._descriptor, chunk, offset + written)
+
+    def _write_edges(self) -> None:
+        for offset, part in self._edges.take():
+            self._write_cached(offset, memoryview(part))
 
     def clone(self, files: OpenFiles, path: str) -> bool:
         """Make the file share all of another's blocks, of which each is copied only once it is written to.
@@ -96,9 +147,9 @@ class OutputFile:
 
     def start_writing(self, offset: int, byte_count: int) -> None:
         """Let the disk begin with a range that is complete, without waiting; what is wrong is told by `finish`."""
-        start = -(-offset // _PAGE_BYTES) * _PAGE_BYTES  # a page that another range shares waits for it
-        count = (offset + byte_count) // _PAGE_BYTES * _PAGE_BYTES - start
-        if count > 0 and hasattr(os, "posix_fadvise"):
+        start = -(-offset // PAGE_BYTES) * PAGE_BYTES  # a page that another range shares waits for it
+        count = (offset + byte_count) // PAGE_BYTES * PAGE_BYTES - start
+        if count > 0 and self._direct < 0 and hasattr(os, "posix_fadvise"):
             # Linux starts writing what it is told will not be needed, and drops it only where it is clean already
             with suppress(OSError):
                 os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
@@ -116,6 +167,7 @@ class OutputFile:
         Args:
             gives_up_pages: whether the system need not keep the content in memory.
         """
+        self._write_edges()
         os.fsync(self._descriptor)
         if gives_up_pages:
             self._give_up_pages()
@@ -125,8 +177,11 @@ class OutputFile:
         """Close the file; safe to call again."""
         with self._lock:
             if self._descriptor >= 0:
-                descriptor, self._descriptor = self._descriptor, -1
-                os.close(descriptor)
+                descriptors = [self._descriptor, self._direct]
+                self._descriptor = self._direct = -1
+                for descriptor in descriptors:
+                    if descriptor >= 0:
+                        os.close(descriptor)
 
     def _give_up_pages(self) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -149,6 +204,6 @@ class OutputFile:
 def _copy_buffer() -> memoryview:
     """Return the calling thread's buffer."""
     if not hasattr(_LOCAL, "buffer"):
-        _LOCAL.buffer = memoryview(mmap.mmap(-1, _COPY_BYTES))
+        _LOCAL.buffer = memoryview(mmap.mmap(-1, _COPY_BYTES))  # begins with a page
     buffer: memoryview = _LOCAL.buffer
     return buffer

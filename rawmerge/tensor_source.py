@@ -26,6 +26,8 @@ from rawmerge.formats.tensor_archive import TensorArchive, read_tensor_archive
 
 #: One system call's worth of bytes: large enough to be fast, small enough to stay in the processor's cache.
 CHUNK_BYTES: Final = 4 * 2**20
+#: What is in memory of a source that is gone through once, for a checksum or a comparison.
+SCAN_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +235,8 @@ class OpenFiles:
         Raises:
             InputChangedError: the file ends early.
         """
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, source.byte_count)))
-        for start in range(0, source.byte_count, CHUNK_BYTES):
+        buffer = memoryview(bytearray(min(SCAN_BYTES, source.byte_count)))
+        for start in range(0, source.byte_count, SCAN_BYTES):
             chunk = buffer[: source.byte_count - start]
             self.read_into(source.path, source.offset + start, chunk)
             yield chunk

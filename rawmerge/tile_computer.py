@@ -25,7 +25,7 @@ from rawmerge.methods import METHODS
 from rawmerge.methods.interface import WHOLE, PreparedUpdate, Scratch, TileContext
 from rawmerge.methods.lora import PreparedLora
 from rawmerge.methods.movable import Movable
-from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into
+from rawmerge.rounding import differs, make_nans_canonical, may_overflow, newly_non_finite, round_into
 from rawmerge.shared_tensors import SharedTensors
 from rawmerge.sliced_lora import SlicedLora
 from rawmerge.tensor_source import OpenFiles, TensorSource
@@ -208,12 +208,10 @@ class TensorComputer:
             if newly_non_finite(result, before):
                 raise NonFiniteTensorError(self.step.entry.name, self.step.entry.dtype)
             make_nans_canonical(result)
-        if not self.changed and isinstance(self.step, UpdateTensor) and self.step.updates:
-            unchanged = torch.empty_like(result)
-            round_into(unchanged, before.to(tile.dtype))
-            # NaN differs from itself, so a tensor of NaNs counts as changed; it is no evidence of a lost delta
-            if not torch.equal(result, unchanged):
-                self.changed = True  # never back to False: another thread's tile may have changed meanwhile
+        has_updates = isinstance(self.step, UpdateTensor) and self.step.updates
+        # a tensor of NaNs counts as changed: it is no evidence of a lost delta
+        if not self.changed and has_updates and differs(result, before, tile.dtype):
+            self.changed = True  # never back to False: another thread's tile may have changed meanwhile
 
     def _updates(self) -> tuple[PreparedUpdate, ...]:
         with self._lock:

@@ -22,6 +22,7 @@ FLOORS = {
     "merge_options": 0,
     "run_options": 0,
     "user_cache": 0,
+    "versions": 0,
     "native": 1,
     "formats": 1,
     "methods": 2,
@@ -29,6 +30,7 @@ FLOORS = {
     "file_status": 1,
     "hub_cache": 1,
     "tiles": 1,
+    "page_edges": 1,
     "rounding": 1,
     "blas_threads": 1,
     "signals": 1,
@@ -107,6 +109,7 @@ THIRD_PARTY = {
     "numpy": {"demo", "rounding", "comparison", "methods"},
     "torch": {
         "tile_computer",
+        "calibration",
         "sliced_lora",
         "tile_scratch",
         "devices",

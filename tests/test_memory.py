@@ -155,7 +155,7 @@ def told_peaks(folder: Path, *options: str) -> Peaks:
 
 @both_paths
 def test_a_limit_is_kept_and_the_peak_is_the_predicted_one(tmp_path: Path, path: tuple[str, ...]) -> None:
-    """The prediction is at most 3 % too low and 15 % too high, with no limit, with one that is kept easily and a low one."""
+    """The prediction is at most 3 % too low and 20 % too high, with no limit, an easy one and a low one."""
     write_layers(tmp_path, layers=30, shard_count=2, rank=16)
     told_peaks(tmp_path, *path)  # the trials
     free = told_peaks(tmp_path, *path)
@@ -164,7 +164,7 @@ def test_a_limit_is_kept_and_the_peak_is_the_predicted_one(tmp_path: Path, path:
         assert limited.measured < limit
         assert limited.predicted <= limit
         for peaks in (free, limited):
-            assert 0.85 * peaks.predicted < peaks.measured < 1.03 * peaks.predicted
+            assert 0.8 * peaks.predicted < peaks.measured < 1.03 * peaks.predicted
 
 
 def expert_peak(folder: Path, is_fused: bool, *options: str) -> int:

@@ -56,7 +56,7 @@ def test_tiles_become_smaller_before_threads_become_fewer(wide: tuple[Path, Path
     plan = rawmerge.plan_merge(*wide)
     most = choose_budget(plan, NO_KERNEL)[1].peak
     seen = []
-    for limit in range(most, most - 40 * MEBIBYTE, -MEBIBYTE // 2):
+    for limit in range(most, most - 40 * MEBIBYTE, -MEBIBYTE // 4):
         try:
             budget, forecast = choose_budget(plan, replace(NO_KERNEL, max_memory=limit))
         except MemoryLimitError:
@@ -126,9 +126,12 @@ def test_a_group_with_room_for_all_files_keeps_their_pages(
 @pytest.mark.parametrize("without", [[], ["kernel"]])
 def test_no_budget_changes_a_bit(wide: tuple[Path, Path], without: list[str]) -> None:
     outputs, plan = [], rawmerge.plan_merge(*wide)
-    least = choose_budget(plan, replace(NO_KERNEL, max_memory=252 * 10**6))[0]
+    with pytest.raises(MemoryLimitError) as refused:
+        choose_budget(plan, replace(NO_KERNEL, max_memory=1))
+    lowest = int(refused.value.problems[0].found.split()[0])
+    least = choose_budget(plan, replace(NO_KERNEL, max_memory=lowest))[0]
     assert (least.threads, least.tile_elements) == (1, BLOCK_ELEMENTS)
-    for number, limit in enumerate((None, 2**30, 252 * 10**6)):
+    for number, limit in enumerate((None, 2**30, lowest + MEBIBYTE)):
         output = wide[0].parent / f"out{number}"
         rawmerge.merge_adapter(*wide, output, max_memory=limit, without=without, threads=2)
         outputs.append(folder_bytes(output))
@@ -271,3 +274,27 @@ def test_parts_of_large_factors_have_the_bits_of_the_whole(
     delta = second.float() @ first.float()
     delta = delta.T.bfloat16() if is_embedding else delta
     assert raw(read_all(tmp_path / "out")["model.embed_tokens.weight"]) == raw((weight.float() + delta).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't start new thread"), ImportError("libx.so: failed")]
+)
+def test_a_system_without_memory_is_no_bug_of_ours(
+    wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rawmerge.run.write_output", fail)
+    with pytest.raises(MergeError, match="nothing was published") as told:
+        rawmerge.merge_adapter(*wide, wide[0].parent / "out")
+    assert told.value.__cause__ is error
+
+
+def test_a_bug_stays_a_bug(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("rawmerge.run.write_output", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        rawmerge.merge_adapter(*wide, wide[0].parent / "out")

@@ -24,7 +24,7 @@ LEVELS = range(1, (kernel().LEVEL if kernel() else 0) + 1)  # type: ignore[union
 
 
 def make_recipe(rows: int, columns: int, rank: int, stored: str = "BF16", **fields: Any) -> Recipe:
-    plain = {"is_transposed": False, "is_double": False, "result": stored, "rounds_delta": False}
+    plain: dict[str, Any] = {"is_transposed": False, "is_double": False, "result": stored, "rounds_delta": False}
     return Recipe(rows=rows, columns=columns, rank=rank, stored=stored, **(plain | fields))
 
 
@@ -32,11 +32,20 @@ def values(recipe: Recipe, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor, t
     """Return base (rows, columns), left (rows, rank) and right (columns, rank)."""
     random = torch.Generator().manual_seed(seed)
     base = torch.randn(recipe.rows, recipe.columns, generator=random).to(DTYPES[recipe.stored])
-    return base, *(torch.randn(n, recipe.rank, generator=random) for n in (recipe.rows, recipe.columns))
+    left = torch.randn(recipe.rows, recipe.rank, generator=random)
+    return base, left, torch.randn(recipe.columns, recipe.rank, generator=random)
 
 
 def view(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def packed(recipe: Recipe, left: torch.Tensor, right: torch.Tensor) -> tuple[memoryview, memoryview]:
+    is_double, rank = recipe.is_double, recipe.rank
+    return (
+        pack_factor(view(left), "F32", (len(left), rank), is_double=is_double),
+        pack_factor(view(right), "F32", (len(right), rank), is_right=True, is_double=is_double),
+    )
 
 
 def merged(
@@ -49,11 +58,7 @@ def merged(
 ) -> tuple[torch.Tensor, bool, bool]:
     """Return what the kernel makes of all rows, `height` at a time, and its two answers."""
     base, left, right = tensors
-    packed = [
-        pack_factor(view(factor), "F32", tuple(factor.shape), is_right=is_right, is_double=recipe.is_double)
-        for factor, is_right in ((left, False), (right, True))
-    ]
-    pair = PairKernel(recipe, block or recipe.rank, scaling, *packed, level=level)
+    pair = PairKernel(recipe, block or recipe.rank, scaling, *packed(recipe, left, right), level=level)
     result = torch.empty(base.shape, dtype=DTYPES[recipe.result])
     answers = [
         pair.merge(view(base[at : at + count]), view(result[at : at + count]), (at, count), finds_changes=True)
@@ -252,11 +257,11 @@ def test_factors_are_packed_exactly(is_double: bool, lies_transposed: bool, dtyp
 
 def test_every_half_is_widened_exactly() -> None:
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    packed = torch.frombuffer(pack_factor(view(halves), "F16", (2**16, 1)), dtype=torch.float32)
+    wide = torch.frombuffer(pack_factor(view(halves), "F16", (2**16, 1)), dtype=torch.float32)
     expected = halves.float()
-    same = (packed == expected) | (packed.isnan() & expected.isnan())
+    same = (wide == expected) | (wide.isnan() & expected.isnan())
     assert same.all()
-    assert torch.equal(torch.signbit(packed), torch.signbit(expected))
+    assert torch.equal(torch.signbit(wide), torch.signbit(expected))
 
 
 def test_buffers_that_are_too_small_are_refused() -> None:
@@ -287,12 +292,12 @@ def test_in_place_has_the_same_bits() -> None:
     recipe = make_recipe(50, 130, 6)
     base, left, right = values(recipe)
     expected, _, _ = merged(recipe, (base, left, right))
-    packed = [pack_factor(view(left), "F32", (50, 6)), pack_factor(view(right), "F32", (130, 6), is_right=True)]
-    pair = PairKernel(recipe, 6, 1.3, *packed)
+    factors = packed(recipe, left, right)
+    pair = PairKernel(recipe, 6, 1.3, *factors)
     own = base.clone()
     pair.merge(view(own), view(own), (0, 50), finds_changes=False)
     assert raw(own) == raw(expected)
-    wider = PairKernel(replace(recipe, result="F32"), 6, 1.3, *packed)
+    wider = PairKernel(replace(recipe, result="F32"), 6, 1.3, *factors)
     with pytest.raises(ValueError, match="too small"):
         wider.merge(view(own), view(own), (0, 50), finds_changes=False)
 

@@ -9,7 +9,6 @@ Source: torch 2.13 `serialization.py` (`_save`: persistent ids, storage types), 
 
 from __future__ import annotations
 
-import pickletools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -151,6 +150,8 @@ class _Machine:
 
     def run(self, raw: bytes) -> Any:
         """Return what the pickle stands for."""
+        import pickletools  # most adapters are safetensors files
+
         for opcode, argument, _ in pickletools.genops(raw):
             if opcode.name == "STOP":
                 break

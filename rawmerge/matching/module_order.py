@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from rawmerge.families import base_prefixes
@@ -98,5 +98,5 @@ def _place(tree: _Tree, path: str) -> _Key | None:
 @lru_cache(maxsize=1)
 def _trees() -> Mapping[str, Sequence[_Tree]]:
     """Return model type to its trees, that of the bare model first."""
-    data = json.loads(resources.files("rawmerge").joinpath("module_order.json").read_bytes())
+    data = json.loads(Path(__file__).parent.with_name("module_order.json").read_bytes())
     return {name: (order["base"], order["heads"]) for order in data["orders"] for name in order["types"]}

@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from rawmerge.formats.kind_fields import Field, KindFields, finite_number, switch, whole_number
@@ -44,7 +44,7 @@ def wavelet_filters() -> Mapping[str, list[float]]:
     PEFT accepts the names of more: it has no filters for most of those, and one for coif5 of another length than its
     padding is made for.
     """
-    text = resources.files("rawmerge.methods").joinpath("wavelets.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("wavelets.json").read_text(encoding="utf-8")
     filters: dict[str, list[float]] = json.loads(text)["filters"]
     return filters
 

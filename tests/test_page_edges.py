@@ -1,0 +1,157 @@
+"""Whole pages past the page cache, their edges together: every byte of every range, however ranges are cut."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from rawmerge.page_edges import PAGE_BYTES, PageEdges, cut_at_pages
+from rawmerge.shard_writer import OutputFile
+from rawmerge.tensor_source import OpenFiles
+
+SIZE = 5 * PAGE_BYTES + 1234
+
+
+def ranges(seed: int, byte_count: int, longest: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of ranges that cover a file, in any order."""
+    random, cuts = Random(seed), [0]
+    while cuts[-1] < byte_count:
+        cuts.append(min(byte_count, cuts[-1] + random.randint(1, longest)))
+    found = list(pairwise(cuts))
+    random.shuffle(found)
+    return found
+
+
+@pytest.fixture(params=[False, True], ids=["cached", "direct"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OutputFile]:
+    with OutputFile(tmp_path / "out", SIZE, is_direct=request.param) as file:
+        yield file
+
+
+@pytest.mark.parametrize("longest", [100, PAGE_BYTES, 3 * PAGE_BYTES])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_range_is_written(output: OutputFile, seed: int, longest: int) -> None:
+    content = memoryview(Random(seed).randbytes(SIZE))
+    with ThreadPoolExecutor(3) as pool:
+        for start, stop in ranges(seed, SIZE, longest):
+            pool.submit(output.write_at, start, content[start:stop]).result()
+    output.finish()
+    assert output.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_placed_buffers_are_written_without_another_copy(
+    output: OutputFile, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    content = Random(seed).randbytes(SIZE)
+    memory = memoryview(mmap.mmap(-1, SIZE + PAGE_BYTES))
+    for start, stop in ranges(seed, SIZE, 3 * PAGE_BYTES):
+        place = memory[start % PAGE_BYTES :][: stop - start]
+        place[:] = content[start:stop]
+        output.write_placed(start, place)
+    output.finish()
+    assert output.path.read_bytes() == content
+
+
+def test_copies_are_exact_whatever_their_offsets(output: OutputFile, tmp_path: Path) -> None:
+    content = Random(1).randbytes(SIZE + 500)
+    (tmp_path / "source").write_bytes(content)
+    with OpenFiles() as files:
+        for start, stop in ranges(2, SIZE, 2 * PAGE_BYTES):
+            output.copy_from(files, str(tmp_path / "source"), start + 500, start, stop - start)
+    output.finish()
+    assert output.path.read_bytes() == content[500:]
+
+
+@pytest.mark.parametrize("answer", [errno.EINVAL, "short"])
+def test_what_the_system_leaves_goes_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | str
+) -> None:
+    content = memoryview(Random(3).randbytes(SIZE))
+    pwrite, direct = os.pwrite, []
+
+    def reluctant(descriptor: int, data: memoryview, at: int) -> int:
+        if descriptor not in direct:
+            return pwrite(descriptor, data, at)
+        if answer == "short":
+            return pwrite(descriptor, data[:PAGE_BYTES], at)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with OutputFile(tmp_path / "out", SIZE, is_direct=True) as file:
+        direct.append(file._direct)
+        if file._direct < 0:
+            pytest.skip("no direct writes on this file system")
+        monkeypatch.setattr(os, "pwrite", reluctant)
+        for start, stop in ranges(5, SIZE, 4 * PAGE_BYTES):
+            file.write_at(start, content[start:stop])
+        file.finish()
+    assert (tmp_path / "out").read_bytes() == content
+
+
+def test_other_errors_of_direct_writes_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with OutputFile(tmp_path / "out", SIZE, is_direct=True) as file:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            file.write_at(0, memoryview(bytes(SIZE)))
+
+
+def test_where_there_are_no_direct_writes_the_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def without_direct(path: Any, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", without_direct)
+    with OutputFile(tmp_path / "out", SIZE, is_direct=True) as file:
+        file.write_at(0, memoryview(bytes(range(256)) * 80))
+        file.finish()
+    assert (tmp_path / "out").read_bytes()[: 256 * 80] == bytes(range(256)) * 80
+
+
+def test_no_descriptor_stays_open(tmp_path: Path) -> None:
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
+    for number in range(3):
+        with OutputFile(tmp_path / f"{number}", SIZE, is_direct=True) as file:
+            file.finish()
+    assert (len(list(descriptors.iterdir())) if before else 0) == before
+
+
+def test_edges_are_joined_and_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = PageEdges()
+    edges.put(10, memoryview(b"cd"))
+    edges.put(8, memoryview(b"ab"))
+    edges.put(PAGE_BYTES, memoryview(b"z"))
+    edges.put(5, memoryview(b""))
+    assert len(edges) == 2
+    assert list(edges.take()) == [(8, b"abcd"), (PAGE_BYTES, b"z")]
+    assert list(edges.take()) == []
+
+
+def test_parts_begin_with_pages_and_cover_the_range() -> None:
+    for offset, count, most in (
+        (0, 10, 4096),
+        (5, 9000, 4096),
+        (4096, 8192, 8192),
+        (4000, 100_000, 8192),
+        (7, 0, 4096),
+    ):
+        parts = list(cut_at_pages(offset, count, most))
+        assert sum(part for _, part in parts) == count
+        assert all(0 < part <= most for _, part in parts)
+        assert [start for start, _ in parts] == [sum(part for _, part in parts[:n]) for n in range(len(parts))]
+        assert all((offset + start) % PAGE_BYTES == 0 for start, _ in parts[1:])
