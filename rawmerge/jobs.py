@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias
 
@@ -52,11 +53,11 @@ class ShardInWork:
 
 
 class FinishedJob(NamedTuple):
-    """A job that is over, and what it raised."""
+    """A job that is over, and how it ended."""
 
     job: Job
     shard: ShardInWork
-    error: BaseException | None
+    future: Future[None]
 
 
 @dataclass(slots=True)
@@ -92,7 +93,9 @@ class RunningJobs:
                 self._collect()
             shard.open_jobs += 1
             self.flying += 1
-            workers.submit(self._work, job, shard)
+            # a queue costs less than waiting for any of several futures
+            put = partial(self._put, job, shard)
+            workers.submit(job.call).add_done_callback(put)
 
     def drain(self) -> None:
         """Wait until everything is written and durable."""
@@ -107,20 +110,13 @@ class RunningJobs:
         for shard in self.shards:
             shard.file.close()
 
-    def _work(self, job: Job, shard: ShardInWork) -> None:
-        """Do a job, in a worker's thread; a queue costs less than waiting for any of several futures."""
-        error: BaseException | None = None
-        try:
-            job.call()
-        except BaseException as raised:  # raised again in the calling thread
-            error = raised
-        self.finished.put(FinishedJob(job, shard, error))
+    def _put(self, job: Job, shard: ShardInWork, future: Future[None]) -> None:
+        self.finished.put(FinishedJob(job, shard, future))
 
     def _collect(self) -> None:
-        job, shard, error = self.finished.get()
+        job, shard, future = self.finished.get()
         self.flying -= 1
-        if error is not None:
-            raise error
+        future.result()
         self.done_bytes += job.byte_count
         shard.open_jobs -= 1
         self._finish_if_done(shard)

@@ -37,11 +37,11 @@ def merge_inputs(tmp_path: Path) -> tuple[Path, Path]:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     random = torch.Generator().manual_seed(5)
-    weights = {"net.weight": torch.randn(300, 200, generator=random).bfloat16(), "other": torch.ones(3)}
+    weights = {"net.weight": torch.randn(400, 200, generator=random).bfloat16(), "other": torch.ones(3)}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     factors = {
         "base_model.model.net.lora_A.weight": torch.randn(6, 200, generator=random) / 8,
-        "base_model.model.net.lora_B.weight": torch.randn(300, 6, generator=random) / 8,
+        "base_model.model.net.lora_B.weight": torch.randn(400, 6, generator=random) / 8,
     }
     write_adapter(adapter, factors, r=6, lora_alpha=9, target_modules=["net"])
     return base, adapter
@@ -122,7 +122,7 @@ def test_torch_is_imported_once_for_the_trial_and_then_no_more(
 ) -> None:
     inputs = [str(path) for path in merge_inputs]
     assert run([*inputs, str(tmp_path / "first")]) == "True True"
-    assert list(json.loads(cache.read_text())["blocks"]) == ["300 200 6 False False BF16 BF16 False"]
+    assert list(json.loads(cache.read_text())["blocks"]) == ["400 200 6 False False BF16 BF16 False"]
     assert run([*inputs, str(tmp_path / "second")]) == "False False"
     assert run([*inputs, str(tmp_path / "third"), "kernel"]) == "True True"
     outputs = [folder_bytes(tmp_path / name) for name in ("first", "second", "third")]
@@ -170,7 +170,7 @@ def test_a_base_that_is_not_finite_has_the_bytes_of_the_other_path(
     cache: Path, merge_inputs: tuple[Path, Path], tmp_path: Path, bad: float, compute_dtype: str
 ) -> None:
     base, adapter = merge_inputs
-    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(6)).bfloat16()
+    weight = torch.randn(400, 200, generator=torch.Generator().manual_seed(6)).bfloat16()
     weight[250, 3] = bad
     save_file({"net.weight": weight}, base / "model.safetensors", metadata={"format": "pt"})
     for name, without in (("kernel", []), ("torch", ["kernel"])):
@@ -181,7 +181,7 @@ def test_a_base_that_is_not_finite_has_the_bytes_of_the_other_path(
 @needs_kernel
 def test_an_overflow_is_refused_by_name(cache: Path, merge_inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = merge_inputs
-    weight = torch.full((300, 200), torch.finfo(torch.float16).max, dtype=torch.float16)
+    weight = torch.full((400, 200), torch.finfo(torch.float16).max, dtype=torch.float16)
     save_file({"net.weight": weight}, base / "model.safetensors", metadata={"format": "pt"})
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 9', '"lora_alpha": 9000'))

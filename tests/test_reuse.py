@@ -197,7 +197,7 @@ def test_another_version_of_torch_or_of_the_code_makes_all_anew(
     layered: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rawmerge.merge_adapter(*layered, tmp_path / "out")
-    for name, other in (("version", lambda _: "0"), ("_code_digest", lambda: "0"), ("__version__", "0")):
+    for name, other in (("installed_version", lambda _: "0"), ("_code_digest", lambda: "0"), ("__version__", "0")):
         with monkeypatch.context() as patch:
             patch.setattr(shard_identity, name, other)
             assert merge_again(layered, tmp_path / "out").reused == 0
