@@ -212,7 +212,7 @@ def lose_finished_shard(_: Paths, tmp_path: Path, __: pytest.MonkeyPatch) -> Non
 
 
 def change_torch(_: Paths, __: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumption, "version", lambda _: "1.0")
+    monkeypatch.setattr(resumption, "installed_version", lambda _: "1.0")
 
 
 SPOILS: list[tuple[Callable[[Paths, Path, pytest.MonkeyPatch], None], str]] = [
