@@ -153,7 +153,7 @@ def cli() -> None:
 @_ADAPTER
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory to make.")
 @_plan_options
-@click.option("--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 6]")
+@click.option("--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 8]")
 @click.option("--max-memory", callback=_parsed_size, metavar="SIZE", help=_MEMORY_HELP)
 @click.option("--device", callback=_checked_device, default="cpu", show_default=True, help=_DEVICE_HELP)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the output.")

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
+from rawmerge.anonymous_memory import PAGE_BYTES
 from rawmerge.computers import Computers, StepComputer
 from rawmerge.jobs import Job, ProgressCallback, RunningJobs, ShardInWork
 from rawmerge.kept_ranges import KeptRange, kept_ranges, whole_source
 from rawmerge.memory_budget import MemoryBudget, default_threads
 from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step, UpdateTensor
-from rawmerge.page_edges import PAGE_BYTES, cut_at_pages
+from rawmerge.page_edges import cut_at_pages
 from rawmerge.run_options import RunOptions
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import OpenFiles

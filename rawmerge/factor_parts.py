@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final, Protocol
 
+from rawmerge.anonymous_memory import PAGE_BYTES, anonymous_memory
 from rawmerge.dtypes import DTYPES
 from rawmerge.native import PANEL
-from rawmerge.native.pair_kernel import FactorLayout, anonymous_memory, pack_into
+from rawmerge.native.pair_kernel import FactorLayout, pack_into
 from rawmerge.native.recipe import Recipe
 from rawmerge.plain_pairs import Factor, PlainPair
 from rawmerge.tensor_source import OpenFiles
 
+#: Elements of the smallest dtype in a page: a tile is so much smaller, to fit large pages wherever in a page it begins.
+_ROOM_ELEMENTS: Final = PAGE_BYTES // 2
 #: Bytes of a right factor, as stored, that are read before they are packed.
 PART_BYTES: Final = 2**20
 
@@ -28,7 +31,8 @@ class Slots(Protocol):
 
 def tile_height(recipe: Recipe, tile_elements: int) -> int:
     """Return how many rows a tile has: neither they nor their part of the left factor have too many elements."""
-    return max(1, tile_elements // max(recipe.columns, recipe.rank))
+    most = tile_elements - _ROOM_ELEMENTS if tile_elements > 2 * _ROOM_ELEMENTS else tile_elements
+    return max(1, most // max(recipe.columns, recipe.rank))
 
 
 def left_rows(pair: PlainPair, files: OpenFiles, rows: tuple[int, int], slots: Slots) -> memoryview:

@@ -21,7 +21,7 @@ from rawmerge.run_options import RunOptions
 from rawmerge.step_paths import StepPaths
 from rawmerge.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS
 
-MAX_THREADS: Final = 6
+MAX_THREADS: Final = 8
 #: What a merge takes, unless told, beside Python and torch.
 ALLOWANCE: Final = 64 * 2**20
 #: What is kept at most of adapter tensors that several steps read; a layer of experts of rank 16 takes a quarter.
@@ -53,13 +53,14 @@ class MemoryBudget:
     has_room_for_torch: bool = True
 
 
-def default_threads() -> int:
-    """Return how many threads a merge uses unless told: two more than it has processors, at most six.
+def default_threads(*, needs_torch: bool = False) -> int:
+    """Return how many threads a merge uses unless told: more than it has processors, for most wait for the disk.
 
-    They spend half of their time waiting for the disk.
+    Args:
+        needs_torch: whether torch computes, which takes longer than the disk does, and has larger buffers.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_THREADS, usable + 2)
+    return min(MAX_THREADS, usable + (1 if needs_torch else 4))
 
 
 def choose_budget(plan: MergePlan, options: RunOptions) -> tuple[MemoryBudget, MemoryForecast]:
@@ -72,7 +73,8 @@ def choose_budget(plan: MergePlan, options: RunOptions) -> tuple[MemoryBudget, M
         MemoryLimitError: the limit cannot be kept; with the tensor that needs most.
     """
     forecaster = MemoryForecaster(plan, StepPaths(plan.options.compute_dtype, options))
-    threads, limit = options.threads or default_threads(), _limit(options)
+    threads = options.threads or default_threads(needs_torch=forecaster.needs_torch)
+    limit = _limit(options)
     _check_address_space(forecaster)
     first = forecaster.forecast(threads, shared_bytes=0)
     allowed = limit.byte_count if limit else first.python + first.torch + ALLOWANCE

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Final
 
-#: Bytes of a page of a file and of memory; a multiple of what disks ask for.
-PAGE_BYTES: Final = 4096
+from rawmerge.anonymous_memory import PAGE_BYTES
 
 
 def cut_at_pages(offset: int, byte_count: int, most: int) -> Iterator[tuple[int, int]]:

@@ -39,7 +39,7 @@ class RunOptions:
 
     Attributes:
         overwrite: replace a checkpoint that stands at the output, once the new one is complete.
-        threads: how many threads work; None for two more than there are processors, at most six.
+        threads: how many threads work; None for some more than there are processors, at most eight.
         max_memory: bytes that the process may take, page cache of its files included where the system counts it;
             None for no limit but that of the process's own control group.
         device: where updates are computed: `cpu`, `cuda` (or `cuda:1`), `mps`.

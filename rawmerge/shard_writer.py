@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -12,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from rawmerge.anonymous_memory import PAGE_BYTES, large_memory
 from rawmerge.formats.shard_header import encode_header
-from rawmerge.page_edges import PAGE_BYTES, PageEdges, cut_at_pages
+from rawmerge.page_edges import PageEdges, cut_at_pages
 from rawmerge.tensor_source import CHUNK_BYTES, OpenFiles
 
 #: What file systems answer when they cannot allocate ahead.
@@ -22,8 +22,8 @@ _NO_PREALLOCATION: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.
 _FICLONE: Final = 0x40049409
 #: Edges of ranges that are kept in memory at most: 1 MiB of pages.
 _MOST_EDGES: Final = 256
-#: What is read and written at a time where bytes are only copied; a third of a processor core's cache or so.
-_COPY_BYTES: Final = 2**20
+#: What is read and written at a time where bytes are only copied: one large page.
+_COPY_BYTES: Final = 2 * 2**20
 _LOCAL: Final = threading.local()
 
 
@@ -204,6 +204,6 @@ class OutputFile:
 def _copy_buffer() -> memoryview:
     """Return the calling thread's buffer."""
     if not hasattr(_LOCAL, "buffer"):
-        _LOCAL.buffer = memoryview(mmap.mmap(-1, _COPY_BYTES))  # begins with a page
+        _LOCAL.buffer = large_memory(_COPY_BYTES)
     buffer: memoryview = _LOCAL.buffer
     return buffer

@@ -22,6 +22,7 @@ FLOORS = {
     "merge_options": 0,
     "run_options": 0,
     "user_cache": 0,
+    "anonymous_memory": 0,
     "versions": 0,
     "native": 1,
     "formats": 1,

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from rawmerge.page_edges import PAGE_BYTES, PageEdges, cut_at_pages
+from rawmerge.anonymous_memory import PAGE_BYTES
+from rawmerge.page_edges import PageEdges, cut_at_pages
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import OpenFiles
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from types import ModuleType
 
+from rawmerge.anonymous_memory import anonymous_memory
 from rawmerge.native import DTYPE_CODES, PANEL, kernel
 from rawmerge.native.recipe import Recipe
 
@@ -66,11 +66,6 @@ def pack_into(packed: memoryview, stored: memoryview, dtype: str, layout: Factor
     steps = (1, layout.outer) if layout.lies_transposed else (layout.rank, 1)
     shape = (layout.outer, layout.rank, *steps)
     _compiled().pack(stored, packed, DTYPE_CODES[dtype], shape, layout.is_right, layout.is_double)
-
-
-def anonymous_memory(byte_count: int) -> memoryview:
-    """Return memory of its own pages, which the system takes back when it is let go."""
-    return memoryview(mmap.mmap(-1, max(1, byte_count)))[:byte_count]
 
 
 @dataclass(frozen=True, slots=True)
