@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from rawmerge.tensor_source import CHUNK_BYTES, OpenFiles
 
 #: What file systems answer when they cannot allocate ahead.
 _NO_PREALLOCATION: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+#: What is answered to a direct write from mapped pages: of a file system that cannot, or of a file that is shorter now.
+_NO_MAPPED_WRITE: Final = {errno.EINVAL, errno.EFAULT, errno.EACCES, errno.ENODEV, errno.ENOMEM, errno.EPERM}
 #: Linux, include/uapi/linux/fs.h: _IOW(0x94, 9, int).
 _FICLONE: Final = 0x40049409
 #: Edges of ranges that are kept in memory at most: 1 MiB of pages.
@@ -95,12 +98,43 @@ class OutputFile:
     def copy_from(self, files: OpenFiles, path: str, source_offset: int, offset: int, byte_count: int) -> None:
         """Copy a byte range of another file.
 
-        Through a buffer that stays in the processor's cache: between two files on a local disk the kernel's own copy
-        takes as long or longer, and unaligned ranges are never shared. `clone` is for what can be shared.
+        Where it lies alike in both files, whole pages go from the page cache to the disk. Else through a buffer that
+        stays in the processor's cache: between two files on a local disk the kernel's own copy takes as long or
+        longer, and unaligned ranges are never shared. `clone` is for what can be shared.
         """
-        for done, place in self._placed_parts(offset, byte_count):
-            files.read_into(path, source_offset + done, place)
-            self.write_placed(offset + done, place)
+        copied, step = 0, 1
+        while step and copied < byte_count:
+            part = min(_COPY_BYTES, byte_count - copied)
+            step = self._copy_pages(files, path, source_offset + copied, offset + copied, part)
+            copied += step
+        for done, place in self._placed_parts(offset + copied, byte_count - copied):
+            files.read_into(path, source_offset + copied + done, place)
+            self.write_placed(offset + copied + done, place)
+
+    def _copy_pages(self, files: OpenFiles, path: str, source_offset: int, offset: int, byte_count: int) -> int:
+        """Write the first part of a range straight from the source's cached pages; return how long it was.
+
+        The pages are mapped, but no program looks at them: where the file has become shorter, the kernel's answer is
+        an error, not the signal that would end the process.
+        """
+        head = -offset % PAGE_BYTES
+        count = (byte_count - head) // PAGE_BYTES * PAGE_BYTES
+        if self._direct < 0 or count <= 0 or (source_offset - offset) % PAGE_BYTES:
+            return 0
+        start = source_offset + head
+        at = start % mmap.ALLOCATIONGRANULARITY
+        try:
+            pages = mmap.mmap(files.descriptor(path), at + count, mmap.MAP_SHARED, mmap.PROT_READ, offset=start - at)
+            with pages, memoryview(pages) as view, view[at:] as whole:
+                written = os.pwrite(self._direct, whole, offset + head)
+        except (OSError, ValueError) as error:  # mapping is not possible, or the file has become shorter: reading tells
+            if isinstance(error, OSError) and error.errno not in _NO_MAPPED_WRITE:
+                raise
+            return 0
+        edge = memoryview(bytearray(head))
+        files.read_into(path, source_offset, edge)
+        self._edges.put(offset, edge)
+        return head + written // PAGE_BYTES * PAGE_BYTES
 
     def _placed_parts(self, offset: int, byte_count: int) -> Iterator[tuple[int, memoryview]]:
         """Yield (how far, memory as long as the next part and placed for it), cut at pages of the file."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rawmerge.anonymous_memory import PAGE_BYTES
+from rawmerge.errors import InputChangedError
 from rawmerge.page_edges import PageEdges, cut_at_pages
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import OpenFiles
@@ -71,6 +72,36 @@ def test_copies_are_exact_whatever_their_offsets(output: OutputFile, tmp_path: P
             output.copy_from(files, str(tmp_path / "source"), start + 500, start, stop - start)
     output.finish()
     assert output.path.read_bytes() == content[500:]
+
+
+@pytest.mark.parametrize("shift", [0, PAGE_BYTES, 3 * PAGE_BYTES + 8])
+def test_ranges_that_lie_alike_are_copied_from_the_page_cache(output: OutputFile, tmp_path: Path, shift: int) -> None:
+    content = Random(1).randbytes(SIZE + shift)
+    (tmp_path / "source").write_bytes(content)
+    with OpenFiles() as files:
+        for start, stop in ranges(3, SIZE, 3 * PAGE_BYTES):
+            output.copy_from(files, str(tmp_path / "source"), start + shift, start, stop - start)
+    output.finish()
+    assert output.path.read_bytes() == content[shift:]
+
+
+def test_a_source_that_becomes_shorter_while_it_is_copied_is_an_error_and_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, pwrite = tmp_path / "source", os.pwrite
+    source.write_bytes(bytes(SIZE))
+
+    def cut_first(descriptor: int, data: memoryview, at: int) -> int:
+        os.truncate(source, PAGE_BYTES)
+        return pwrite(descriptor, data, at)
+
+    with OpenFiles() as files, OutputFile(tmp_path / "out", SIZE, is_direct=True) as file:
+        if file._direct < 0:
+            pytest.skip("no direct writes on this file system")
+        files.descriptor(str(source))
+        monkeypatch.setattr(os, "pwrite", cut_first)
+        with pytest.raises(InputChangedError, match="changed while it was read"):
+            file.copy_from(files, str(source), 0, 0, SIZE)
 
 
 @pytest.mark.parametrize("answer", [errno.EINVAL, "short"])
