@@ -50,6 +50,8 @@ def find_pair(step: Step, compute_dtype: str) -> PlainPair | None:
     (_, lora_a), (_, lora_b) = sorted(update.tensors.items())
     if len(lora_a.shape) != 2 or len(lora_b.shape) != 2 or 0 in (*step.source.shape, *lora_a.shape):
         return None
+    if lora_a.shape[0] == 1:  # torch multiplies without a sum then, so that a product of -0.0 stays one
+        return None
     is_transposed = bool(update.settings["is_transposed"])
     left, right = Factor(lora_b, lies_transposed=False), Factor(lora_a, lies_transposed=True)
     if is_transposed:

@@ -231,3 +231,24 @@ def test_low_products_follow_the_thread_count_of_a_caller_who_has_torch(cache: P
             output = str(tmp_path / f"{name}{threads}")
             subprocess.run([sys.executable, "-c", options, str(base), str(adapter), output, threads], check=True)
         assert folder_bytes(tmp_path / f"kernel{threads}") == folder_bytes(tmp_path / f"torch{threads}")
+
+
+@needs_kernel
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_signs_of_zero_are_torch_s(cache: Path, tmp_path: Path, rank: int) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    random = torch.Generator().manual_seed(rank)
+    weight = torch.randn(400, 200, generator=random).bfloat16()
+    weight[::2] = -0.0
+    save_file({"net.weight": weight}, base / "model.safetensors", metadata={"format": "pt"})
+    lora_b = torch.randn(400, rank, generator=random)
+    lora_b[::4] = -0.0
+    factors = {
+        "base_model.model.net.lora_A.weight": torch.randn(rank, 200, generator=random),
+        "base_model.model.net.lora_B.weight": lora_b,
+    }
+    write_adapter(adapter, factors, r=rank, lora_alpha=9, target_modules=["net"])
+    rawmerge.merge_adapter(base, adapter, tmp_path / "torch", without=["kernel"])
+    rawmerge.merge_adapter(base, adapter, tmp_path / "kernel")
+    assert folder_bytes(tmp_path / "kernel") == folder_bytes(tmp_path / "torch")
