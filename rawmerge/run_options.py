@@ -68,6 +68,8 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, not {value}")
+        if isinstance(self.without, str):
+            raise ValueError(f"without must be a collection of names, not the text {self.without!r}")  # noqa: TRY004
         if unknown := sorted(set(self.without) - set(MECHANISMS)):
             raise ValueError(f"without: expected some of {', '.join(MECHANISMS)}, not {', '.join(unknown)}")
         if not re.fullmatch(DEVICE_NAMES, self.device):
