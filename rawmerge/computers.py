@@ -99,7 +99,7 @@ class Computers:
         by_torch = _TorchComputer(self, step)
         if pair is None or not block:
             return by_torch
-        computer = PairComputer(pair, block, self._files, by_torch.compute)
+        computer = PairComputer(pair, block, self._files, by_torch.rows)
         return _PairComputer(computer, by_torch, self)
 
     def restore(self) -> None:
@@ -195,6 +195,17 @@ class _TorchComputer:
             if self._computer is None:
                 self._computer = self._computers.make(self._step)
         return self._computer.compute(first_row, row_count, scratch)
+
+    def rows(self, first_row: int, row_count: int) -> memoryview:
+        """Return the finished bytes of any rows, from whole tiles: cut otherwise, products would have other bits."""
+        wanted, size = memoryview(bytearray(row_count * self.row_bytes)), self.row_bytes
+        for first, count in self.tiles():
+            start, stop = max(first, first_row), min(first + count, first_row + row_count)
+            if start < stop:
+                tile = self.compute(first, count)
+                part = tile[(start - first) * size : (stop - first) * size]
+                wanted[(start - first_row) * size : (stop - first_row) * size] = part
+        return wanted
 
 
 def _tried(recipes: Iterable[Recipe], blas: BlasThreads) -> dict[Recipe, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import Final
 
 from rawmerge.merge_plan import MergePlan, Step, Update, UpdateTensor
 from rawmerge.methods.interface import number
@@ -12,6 +13,9 @@ from rawmerge.methods.lora import KIND
 from rawmerge.native import DTYPE_CODES
 from rawmerge.native.recipe import Recipe
 from rawmerge.tensor_source import TensorSource
+
+#: A trial of fewer elements may agree by chance with an order of sums that is not torch's.
+LEAST_ELEMENTS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ def find_pair(step: Step, compute_dtype: str) -> PlainPair | None:
     if len(lora_a.shape) != 2 or len(lora_b.shape) != 2 or 0 in (*step.source.shape, *lora_a.shape):
         return None
     if lora_a.shape[0] == 1:  # torch multiplies without a sum then, so that a product of -0.0 stays one
+        return None
+    if prod(step.source.shape) < LEAST_ELEMENTS:
         return None
     is_transposed = bool(update.settings["is_transposed"])
     left, right = Factor(lora_b, lies_transposed=False), Factor(lora_a, lies_transposed=True)

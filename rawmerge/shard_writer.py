@@ -53,6 +53,7 @@ class OutputFile:
         self._direct = -1
         self._edges = PageEdges()
         try:
+            self._byte_count = byte_count
             self._reserve(byte_count, preallocates)
         except BaseException:
             os.close(self._descriptor)
@@ -177,6 +178,7 @@ class OutputFile:
             fcntl.ioctl(self._descriptor, _FICLONE, files.descriptor(path))
         except (ImportError, OSError):
             return False
+        os.ftruncate(self._descriptor, self._byte_count)  # the source may be the longer one
         return True
 
     def start_writing(self, offset: int, byte_count: int) -> None:

@@ -252,3 +252,47 @@ def test_signs_of_zero_are_torch_s(cache: Path, tmp_path: Path, rank: int) -> No
     rawmerge.merge_adapter(base, adapter, tmp_path / "torch", without=["kernel"])
     rawmerge.merge_adapter(base, adapter, tmp_path / "kernel")
     assert folder_bytes(tmp_path / "kernel") == folder_bytes(tmp_path / "torch")
+
+
+CUT = """
+import sys
+import rawmerge
+rawmerge.merge_adapter(*sys.argv[1:4], without=sys.argv[4:])
+"""
+
+
+@needs_kernel
+def test_a_tile_that_is_left_to_torch_is_cut_as_torch_cuts_it(cache: Path, tmp_path: Path) -> None:
+    """The last tile of the kernel is one row, which alone is another product to a matrix library."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(512, 2046, generator=random)
+    weight[511, 0] = float("inf")
+    save_file({"net.weight": weight}, base / "model.safetensors", metadata={"format": "pt"})
+    factors = {
+        "base_model.model.net.lora_A.weight": torch.randn(64, 2046, generator=random),
+        "base_model.model.net.lora_B.weight": torch.randn(512, 64, generator=random),
+    }
+    write_adapter(adapter, factors, r=64, lora_alpha=9, target_modules=["net"])
+    for name, without in (("trial", []), ("kernel", []), ("torch", ["kernel"])):
+        command = [sys.executable, "-c", CUT, str(base), str(adapter), str(tmp_path / name), *without]
+        subprocess.run(command, check=True)
+    assert folder_bytes(tmp_path / "trial") == folder_bytes(tmp_path / "kernel") == folder_bytes(tmp_path / "torch")
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(1, 1, 17), (1, 1, 64), (7, 1, 4), (2, 1, 9)])
+def test_a_few_elements_prove_no_order_of_sums(cache: Path, tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    rows, columns, rank = shape
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    random = torch.Generator().manual_seed(rank)
+    save_file({"net.weight": torch.randn(rows, columns, generator=random)}, base / "model.safetensors")
+    factors = {
+        "base_model.model.net.lora_A.weight": torch.randn(rank, columns, generator=random),
+        "base_model.model.net.lora_B.weight": torch.randn(rows, rank, generator=random),
+    }
+    write_adapter(adapter, factors, r=rank, lora_alpha=9, target_modules=["net"])
+    run([str(base), str(adapter), str(tmp_path / "out")])
+    assert not cache.exists()

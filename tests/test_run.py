@@ -338,6 +338,17 @@ def test_a_clone_does_not_stand_for_tensors_of_the_adapter(tmp_path: Path, monke
     assert raw(read_all(tmp_path / "out")["head.weight"]) == raw(head)
 
 
+def test_a_clone_of_a_longer_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"a": torch.arange(5000), "net.weight": random_tensor((120, 80), torch.float32)}
+    base = write_base(tmp_path / "base", [weights])
+    adapter = write_adapter(tmp_path / "adapter", lora_pair("net", 120, 80), target_modules=["net"])
+    rawmerge.merge_adapter(base, adapter, tmp_path / "out", dtype="bfloat16", without=["reflink"])
+    pwrite = os.pwrite
+    monkeypatch.setattr(fcntl, "ioctl", lambda to, _, source: pwrite(to, os.pread(source, 2**30, 0), 0))
+    rawmerge.merge_adapter(base, adapter, tmp_path / "cloned", dtype="bfloat16")
+    assert folder_bytes(tmp_path / "cloned") == folder_bytes(tmp_path / "out")
+
+
 def test_a_base_that_changed_since_the_plan_is_refused(tiny: Paths, tmp_path: Path) -> None:
     base, adapter = tiny
     plan = rawmerge.plan_merge(base, adapter)
