@@ -1,7 +1,7 @@
 """In which order torch's products are summed here, found by trial: the kernel's bits beside those of the torch path.
 
 A matrix library sums each element of `B @ A` as a chain of fused multiply-adds, in blocks of the summed dimension
-that depend on the library, the processor and the shape. The bits do not depend on the values, so a comparison of all
+that depend on the library, the processor and the shape. The order does not depend on the values, so a comparison of all
 elements of a random product of the same shape, cut as the torch path cuts it, tells the block, or that no block gives
 torch's bits. Importing this imports torch.
 """

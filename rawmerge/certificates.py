@@ -14,7 +14,7 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +28,8 @@ FILE_NAME: Final = "products.json"
 _FORMAT: Final = "rawmerge-products-1"
 #: Beginnings of the names of variables that choose a matrix library's code.
 _PREFIXES: Final = ("MKL", "ATEN", "OMP", "KMP", "OPENBLAS", "ONEDNN", "DNNL", "TORCH", "GOTO", "BLIS", "ARMPL")
+
+_FIELDS: Final = tuple(field.name for field in fields(Recipe))
 
 
 class Certificates:
@@ -89,7 +91,7 @@ def _build() -> list[int]:
 
 
 def _key(recipe: Recipe) -> str:
-    return " ".join(f"{value}" for value in asdict(recipe).values())
+    return " ".join(f"{getattr(recipe, name)}" for name in _FIELDS)
 
 
 def _is_block(value: object) -> bool:

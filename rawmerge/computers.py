@@ -17,7 +17,6 @@ from rawmerge.memory_budget import MemoryBudget
 from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Step, UpdateTensor, matrix_of
 from rawmerge.native.recipe import Recipe
 from rawmerge.pair_computer import PairComputer, PairScratch
-from rawmerge.run_options import RunOptions
 from rawmerge.shared_tensors import SharedTensors, count_uses
 from rawmerge.step_paths import StepPaths
 from rawmerge.tensor_source import OpenFiles
@@ -58,7 +57,7 @@ class Computers:
     def __init__(
         self,
         compute_dtype: str,
-        options: RunOptions,
+        paths: StepPaths,
         files: OpenFiles,
         budget: MemoryBudget,
         device: Device | None = None,
@@ -66,7 +65,7 @@ class Computers:
         self._device = device
         self._budget = budget
         self._compute_dtype = compute_dtype
-        self._paths = StepPaths(compute_dtype, options)
+        self._paths = paths
         self._files = files
         self._shared: SharedTensors[torch.Tensor] = SharedTensors(Counter())
         self._blas_threads: BlasThreads | None = None

@@ -19,6 +19,7 @@ from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step, Upda
 from rawmerge.page_edges import cut_at_pages
 from rawmerge.run_options import RunOptions
 from rawmerge.shard_writer import OutputFile
+from rawmerge.step_paths import StepPaths
 from rawmerge.tensor_source import OpenFiles
 from rawmerge.tiles import TILE_ELEMENTS
 from rawmerge.write_behind import WriteBehind
@@ -37,7 +38,7 @@ class Engine:
         changed: names of the updated tensors of which at least one element differs from the base.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the last three come from three owners, and have defaults
         self,
         compute_dtype: str,
         total_bytes: int,
@@ -46,6 +47,7 @@ class Engine:
         *,
         device: Device | None = None,
         budget: MemoryBudget | None = None,
+        paths: StepPaths | None = None,
     ) -> None:
         budget = budget or MemoryBudget(options.threads or default_threads(), tile_elements)
         self.changed: set[str] = set()
@@ -55,7 +57,8 @@ class Engine:
         self._tile_elements = budget.tile_elements
         self._behind = WriteBehind(budget.window_bytes)
         self._files = OpenFiles(reads_ahead=options.uses("read-ahead"))
-        self._computers = Computers(compute_dtype, options, self._files, budget, device)
+        paths = paths or StepPaths(compute_dtype, options)
+        self._computers = Computers(compute_dtype, paths, self._files, budget, device)
 
     def run(self, shards: Iterable[tuple[ShardPlan, OutputFile]], report: ProgressCallback | None) -> None:
         """Write all shards and make them durable.

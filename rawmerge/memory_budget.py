@@ -63,7 +63,9 @@ def default_threads(*, needs_torch: bool = False) -> int:
     return min(MAX_THREADS, usable + (1 if needs_torch else 4))
 
 
-def choose_budget(plan: MergePlan, options: RunOptions) -> tuple[MemoryBudget, MemoryForecast]:
+def choose_budget(
+    plan: MergePlan, options: RunOptions, paths: StepPaths | None = None
+) -> tuple[MemoryBudget, MemoryForecast]:
     """Return what a merge may take, and what it is predicted to take with that.
 
     The limit is `max_memory`, else that of the process's control group, and RLIMIT_DATA; without one, some 64 MiB
@@ -72,7 +74,7 @@ def choose_budget(plan: MergePlan, options: RunOptions) -> tuple[MemoryBudget, M
     Raises:
         MemoryLimitError: the limit cannot be kept; with the tensor that needs most.
     """
-    forecaster = MemoryForecaster(plan, StepPaths(plan.options.compute_dtype, options))
+    forecaster = MemoryForecaster(plan, paths or StepPaths(plan.options.compute_dtype, options))
     threads = options.threads or default_threads(needs_torch=forecaster.needs_torch)
     limit = _limit(options)
     _check_address_space(forecaster)

@@ -162,6 +162,8 @@ class StagingDirectory:
     ) -> None:
         if not self._published:
             self._remove()
+        elif error is not None:
+            error.add_note(PUBLISHED_NOTE)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file durably."""
@@ -181,16 +183,12 @@ class StagingDirectory:
 
         Raises:
             OSError: the rename failed, or something stands there that may not be replaced; it is still there.
-            KeyboardInterrupt, or what the caller's signal handler raises: it has a note that the output was published.
+            KeyboardInterrupt, or what the caller's signal handler raises: if the output was published, it gets a note
+                that says so when the directory is left.
         """
         self.sync()
-        try:
-            with _signals_wait():
-                self._rename(policy)
-        except BaseException as error:
-            if self._published:
-                error.add_note(PUBLISHED_NOTE)
-            raise
+        with _signals_wait():
+            self._rename(policy)
 
     def _rename(self, policy: OutputPolicy) -> None:
         old = self.path.with_name(f"{self.path.name}-old")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Final
 
-from rawmerge.merge_plan import MergePlan, Step, Update, UpdateTensor
+from rawmerge.merge_plan import Step, Update, UpdateTensor
 from rawmerge.methods.interface import number
 from rawmerge.methods.lora import KIND
 from rawmerge.native import DTYPE_CODES
@@ -35,13 +34,6 @@ class PlainPair:
     right: Factor
     scaling: float
     recipe: Recipe = field(compare=False)
-
-
-def plain_pairs(plan: MergePlan) -> Iterator[PlainPair]:
-    """Yield the pair of every step that has one."""
-    for step in plan.steps():
-        if pair := find_pair(step, plan.options.compute_dtype):
-            yield pair
 
 
 def find_pair(step: Step, compute_dtype: str) -> PlainPair | None:

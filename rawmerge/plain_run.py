@@ -34,8 +34,8 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
             raise NothingChangedError
         staged = statuses(staging.path, (shard.name for shard in plan.shards if shard.name not in origins.links))
         staging.publish(request.policy)
-    unchanged = [name for shard in plan.shards for name in updated_names(shard) if name not in changed]
-    remember_output(request, origins, staged, set(unchanged))
+        unchanged = [name for shard in plan.shards for name in updated_names(shard) if name not in changed]
+        remember_output(request, origins, staged, set(unchanged))
     return Written(tuple(unchanged), len(origins.links), len(origins.reused), notes=tuple(origins.notes))
 
 

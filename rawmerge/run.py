@@ -26,6 +26,7 @@ from rawmerge.process_peak import start_meter
 from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.run_request import RunRequest
 from rawmerge.shard_origins import ShardOrigins, find_origins
+from rawmerge.step_paths import StepPaths
 from rawmerge.unfinished import unfinished_folder
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ def run_plan(
     started, meter = time.perf_counter(), start_meter()
     try:
         origins = check_request(request)
-        budget, forecast = choose_budget(plan, request.options)
+        paths = StepPaths(plan.options.compute_dtype, request.options)
+        budget, forecast = choose_budget(plan, request.options, paths)
         with _device(request.options) as device:
-            there = replace(request, device=device, budget=budget)
+            there = replace(request, device=device, budget=budget, paths=paths)
             written = consume_base(there) if request.options.consume_base else write_output(there, origins)
     except (OSError, MemoryError, ImportError, RuntimeError) as error:
         if isinstance(error, RawmergeError) or (isinstance(error, RuntimeError) and not ran_out(error)):

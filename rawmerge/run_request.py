@@ -13,6 +13,7 @@ from rawmerge.memory_budget import MemoryBudget
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output_directory import OutputPolicy
 from rawmerge.run_options import RunOptions
+from rawmerge.step_paths import StepPaths
 
 if TYPE_CHECKING:
     from rawmerge.devices import Device
@@ -29,6 +30,7 @@ class RunRequest:
         report: told of the progress; an exception from it ends the run.
         device: where updates are computed, None for the CPU.
         budget: what it may take, None for what suits any merge.
+        paths: what computes which step, None for what this machine knows.
     """
 
     plan: MergePlan
@@ -37,6 +39,7 @@ class RunRequest:
     report: ProgressCallback | None = None
     device: Device | None = None
     budget: MemoryBudget | None = None
+    paths: StepPaths | None = None
 
     @property
     def policy(self) -> OutputPolicy:

@@ -27,6 +27,7 @@ class ShardRun:
         self._options = request.options
         self._device = request.device
         self._budget = request.budget
+        self._paths = request.paths
         self._folder = folder
         self._report = request.report
         self._done_bytes = 0
@@ -46,7 +47,14 @@ class ShardRun:
         """
         if not shards:
             return
-        engine = Engine(self._compute_dtype, self._total_bytes, self._options, device=self._device, budget=self._budget)
+        engine = Engine(
+            self._compute_dtype,
+            self._total_bytes,
+            self._options,
+            device=self._device,
+            budget=self._budget,
+            paths=self._paths,
+        )
         with ExitStack() as opened:
             engine.run(self._open(shards, opened), self._later_report())
         self.changed |= engine.changed

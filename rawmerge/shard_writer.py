@@ -87,12 +87,13 @@ class OutputFile:
         """Do the same with a buffer that lies as far behind a page's beginning as `offset` does."""
         head = min(-offset % PAGE_BYTES, len(buffer))
         end = head + (len(buffer) - head) // PAGE_BYTES * PAGE_BYTES
-        if self._direct < 0 or end == head:
+        if self._direct < 0:
             self._write_cached(offset, buffer)
             return
         self._edges.put(offset, buffer[:head])
         self._edges.put(offset + end, buffer[end:])
-        self._write_direct(offset + head, buffer[head:end])
+        if head < end:
+            self._write_direct(offset + head, buffer[head:end])
         if len(self._edges) > _MOST_EDGES:
             self._write_edges()
 

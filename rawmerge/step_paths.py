@@ -24,9 +24,16 @@ class StepPaths:
         self.certificates = Certificates() if has_kernel else None
         self._compute_dtype = compute_dtype
         self._has_callers_torch = "torch" in sys.modules
+        self._pairs: dict[int, tuple[Step, PlainPair | None]] = {}
 
     def pair(self, step: Step) -> PlainPair | None:
-        """Return a step's pair if the kernel may do it."""
+        """Return a step's pair if the kernel may do it; it is asked for by whoever forecasts, orders and computes."""
+        known = self._pairs.get(id(step))
+        if known is None:  # the step is kept beside it, so that no other gets its number
+            known = self._pairs[id(step)] = (step, self._find(step))
+        return known[1]
+
+    def _find(self, step: Step) -> PlainPair | None:
         pair = find_pair(step, self._compute_dtype) if self.certificates else None
         # bits of low products depend on torch's thread count, which a caller who has torch may have changed
         return None if pair and self._has_callers_torch and is_low(pair.recipe.rows, pair.recipe.columns) else pair

@@ -158,11 +158,12 @@ def test_the_kernel_alone_is_predicted_where_its_trials_are_known(wide: tuple[Pa
 def test_torch_is_not_imported_where_it_has_no_room(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that overflows is torch's to judge; where that would break the limit, the merge ends instead."""
     from rawmerge.computers import Computers
+    from rawmerge.step_paths import StepPaths
     from rawmerge.tensor_source import OpenFiles
 
     budget = MemoryBudget(threads=1, limit=50 * 10**6, has_room_for_torch=False)
     with OpenFiles() as files, pytest.raises(MergeError, match="in 50000000 bytes"):
-        Computers("float32", RunOptions(), files, budget).load([])
+        Computers("float32", StepPaths("float32", RunOptions()), files, budget).load([])
     plan = rawmerge.plan_merge(*wide)
     rawmerge.run_plan(plan, wide[0].parent / "out")  # the trials
     assert not choose_budget(plan, RunOptions(max_memory=100 * 10**6))[0].has_room_for_torch

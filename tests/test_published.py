@@ -84,10 +84,9 @@ def test_a_signal_while_publishing_waits_and_is_told_truthfully(
 
     monkeypatch.setattr(Path, "rename", interrupted)
     policy = OutputPolicy(False, "record.json", tmp_path / "base", ())
-    with StagingDirectory(tmp_path / "out") as staging:
+    with pytest.raises(KeyboardInterrupt) as caught, StagingDirectory(tmp_path / "out") as staging:
         staging.write_text("record.json", "{}")
-        with pytest.raises(KeyboardInterrupt) as caught:
-            staging.publish(policy)
+        staging.publish(policy)
     assert caught.value.__notes__ == [PUBLISHED_NOTE]
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["record.json"]
@@ -142,3 +141,14 @@ def test_a_plan_that_writes_outside_the_output_is_refused(
         rawmerge.run_plan(rawmerge.parse_plan(json.dumps(document)), tmp_path / "deep" / "out")
     assert sorted(tmp_path.rglob("*")) == before
     assert not Path("/tmp/rawmerge-evil").exists()
+
+
+@pytest.mark.usefixtures("handled_interrupt")
+def test_a_signal_after_publishing_is_told_truthfully(
+    tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rawmerge.plain_run.remember_output", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    assert caught.value.__notes__ == [PUBLISHED_NOTE]
+    assert (tmp_path / "out" / "rawmerge.json").exists()
