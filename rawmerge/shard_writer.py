@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +17,10 @@ from rawmerge.anonymous_memory import PAGE_BYTES, large_memory
 from rawmerge.formats.shard_header import encode_header
 from rawmerge.page_edges import PageEdges, cut_at_pages
 from rawmerge.tensor_source import CHUNK_BYTES, OpenFiles
+
+if sys.platform != "win32":
+    # not where it is used: a signal during an import can leave the import lock held, and torch's import waiting
+    import fcntl
 
 #: What file systems answer when they cannot allocate ahead.
 _NO_PREALLOCATION: Final = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -172,12 +177,12 @@ class OutputFile:
         Returns:
             Whether the file system can; if not, the file is as it was.
         """
+        if sys.platform == "win32":
+            return False
         try:
-            import fcntl
-
             # ioctl_ficlone(2): XFS, Btrfs, bcachefs, OCFS2, NFS 4.2; both files on one file system
             fcntl.ioctl(self._descriptor, _FICLONE, files.descriptor(path))
-        except (ImportError, OSError):
+        except OSError:
             return False
         os.ftruncate(self._descriptor, self._byte_count)  # the source may be the longer one
         return True

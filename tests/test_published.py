@@ -84,12 +84,12 @@ def test_a_signal_while_publishing_waits_and_is_told_truthfully(
 
     monkeypatch.setattr(Path, "rename", interrupted)
     policy = OutputPolicy(False, "record.json", tmp_path / "base", ())
-    with pytest.raises(KeyboardInterrupt) as caught, StagingDirectory(tmp_path / "out") as staging:
-        staging.write_text("record.json", "{}")
+    staging = StagingDirectory(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt) as caught, staging:
         staging.publish(policy)
     assert caught.value.__notes__ == [PUBLISHED_NOTE]
     assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["record.json"]
+    assert names(tmp_path / "out") == []
 
 
 def test_a_failure_after_publishing_does_not_claim_that_nothing_was(
