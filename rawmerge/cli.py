@@ -20,8 +20,9 @@ from rawmerge.byte_sizes import parse_bytes
 from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
 from rawmerge.errors import RawmergeError
 from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS
+from rawmerge.output_directory import PUBLISHED_NOTE
 from rawmerge.run_options import DEVICE_NAMES, MECHANISMS, RunChoices, RunOptions
-from rawmerge.signals import Ended, ended_by_signals
+from rawmerge.signals import Ended, end_by_signals
 
 REFUSED = 3
 INTERRUPTED = 130
@@ -38,7 +39,8 @@ class _Commands(click.Group):
             _tell_error(error, as_json=bool(ctx.meta.get("rawmerge.json")))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
-            state = ", ".join(getattr(error, "__notes__", ())) or "nothing was published"
+            told = [*getattr(error, "__notes__", ()), *ctx.meta.get("rawmerge.published", ())]
+            state = ", ".join(told) or "nothing was published"
             _say(f"rawmerge: interrupted; {state}", err=True)
             ctx.exit(error.exit_code if isinstance(error, Ended) else INTERRUPTED)
 
@@ -206,8 +208,9 @@ def merge(
         return
     for line in (*(f"note: {note}" for note in plan.notes), *left_out_lines(plan)):
         _say(line, err=True)
-    with ended_by_signals(), _progress_bar(plan.tensor_bytes) as progress:
+    with _progress_bar(plan.tensor_bytes) as progress:
         summary = rawmerge.run_plan(plan, output, progress=progress, **choices)
+    click.get_current_context().meta["rawmerge.published"] = [PUBLISHED_NOTE]
     for note in summary.notes[len(plan.notes) :]:
         _say(f"note: {note}", err=True)
     _say(summary_text(summary), err=True)
@@ -284,6 +287,7 @@ def main() -> NoReturn:
 
     Everything is closed and durable by then; taking torch apart would only cost a tenth of a small merge's time.
     """
+    end_by_signals()
     try:
         cli(prog_name="rawmerge")
     except SystemExit as error:

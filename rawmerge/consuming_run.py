@@ -197,6 +197,7 @@ class _ConsumingRun:
             raise NothingChangedError
         if self._request.output.exists():  # so what an earlier run was replacing is not needed any more
             shutil.rmtree(self._folder.replaced, ignore_errors=True)
+        self._request.signals.let_through()
         self.journal.complete()
         self._staging.publish(self._request.policy)
 

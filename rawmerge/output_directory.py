@@ -6,16 +6,14 @@ import errno
 import os
 import secrets
 import shutil
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from rawmerge.errors import OutputError, Problem
+from rawmerge.signals import HeldSignals
 
 _MARGIN_BYTES: Final = 2**20  # directories, block ends and the record
 _TAG: Final = "rawmerge"
@@ -115,26 +113,6 @@ def _looks_like_checkpoint(output: Path, record_name: str) -> bool:
     return not names or is_ours or any(name.endswith(".safetensors") for name in names)
 
 
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Let Ctrl-C and its kin wait for the end of the block: between two renames nothing may be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are handled in the main thread only
-        return
-    received: list[int] = []
-    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # None: a handler that Python did not set, and could not put back
-    numbers = [number for number in wanted if signal.getsignal(number) is not None]
-    before = [(number, signal.signal(number, lambda got, _: received.append(got))) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-        for number in received[:1]:
-            signal.raise_signal(number)
-
-
 class StagingDirectory:
     """A new directory beside the target; removed on leaving the block unless it was published.
 
@@ -187,7 +165,7 @@ class StagingDirectory:
                 that says so when the directory is left.
         """
         self.sync()
-        with _signals_wait():
+        with HeldSignals():  # between two renames nothing may be interrupted
             self._rename(policy)
 
     def _rename(self, policy: OutputPolicy) -> None:

@@ -33,6 +33,7 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
         if not (changed or has_other_tensors(plan) or _any_replacement_differs(request, staging.path)):
             raise NothingChangedError
         staged = statuses(staging.path, (shard.name for shard in plan.shards if shard.name not in origins.links))
+        request.signals.let_through()
         staging.publish(request.policy)
         unchanged = [name for shard in plan.shards for name in updated_names(shard) if name not in changed]
         remember_output(request, origins, staged, set(unchanged))

@@ -20,7 +20,7 @@ from rawmerge.memory_budget import choose_budget
 from rawmerge.memory_lack import lack_text, ran_out
 from rawmerge.merge_plan import MergePlan
 from rawmerge.outcome import count_steps
-from rawmerge.output_directory import check_output, check_space, nearest_folder
+from rawmerge.output_directory import PUBLISHED_NOTE, check_output, check_space, nearest_folder
 from rawmerge.plain_run import write_output
 from rawmerge.process_peak import start_meter
 from rawmerge.run_options import RunChoices, RunOptions
@@ -93,9 +93,10 @@ def run_plan(
         origins = check_request(request)
         paths = StepPaths(plan.options.compute_dtype, request.options)
         budget, forecast = choose_budget(plan, request.options, paths)
-        with _device(request.options) as device:
+        with request.signals, _device(request.options) as device:
             there = replace(request, device=device, budget=budget, paths=paths)
             written = consume_base(there) if request.options.consume_base else write_output(there, origins)
+            request.signals.note = PUBLISHED_NOTE
     except (OSError, MemoryError, ImportError, RuntimeError) as error:
         if isinstance(error, RawmergeError) or (isinstance(error, RuntimeError) and not ran_out(error)):
             raise

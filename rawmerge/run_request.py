@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from rawmerge.memory_budget import MemoryBudget
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output_directory import OutputPolicy
 from rawmerge.run_options import RunOptions
+from rawmerge.signals import HeldSignals
 from rawmerge.step_paths import StepPaths
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class RunRequest:
         device: where updates are computed, None for the CPU.
         budget: what it may take, None for what suits any merge.
         paths: what computes which step, None for what this machine knows.
+        signals: what ends the program, let through only where the run can end.
     """
 
     plan: MergePlan
@@ -40,6 +42,7 @@ class RunRequest:
     device: Device | None = None
     budget: MemoryBudget | None = None
     paths: StepPaths | None = None
+    signals: HeldSignals = field(default_factory=HeldSignals)
 
     @property
     def policy(self) -> OutputPolicy:

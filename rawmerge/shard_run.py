@@ -30,14 +30,15 @@ class ShardRun:
         self._paths = request.paths
         self._folder = folder
         self._report = request.report
+        self._signals = request.signals
         self._done_bytes = 0
         self._total_bytes = request.plan.tensor_bytes
 
     def skip(self, shard: ShardPlan) -> None:
         """Tell of a shard that need not be made."""
         self._done_bytes += _tensor_bytes(shard)
-        if self._report and shard.steps:
-            self._report(Progress(self._done_bytes, self._total_bytes, shard.steps[-1].entry.name, shard.name))
+        if shard.steps:
+            self._tell(Progress(self._done_bytes, self._total_bytes, shard.steps[-1].entry.name, shard.name))
 
     def make(self, shards: Sequence[ShardPlan]) -> None:
         """Write shards and make them durable.
@@ -56,7 +57,7 @@ class ShardRun:
             paths=self._paths,
         )
         with ExitStack() as opened:
-            engine.run(self._open(shards, opened), self._later_report())
+            engine.run(self._open(shards, opened), self._later_report(self._done_bytes))
         self.changed |= engine.changed
         self._done_bytes += sum(map(_tensor_bytes, shards))
 
@@ -71,11 +72,15 @@ class ShardRun:
             )
             yield shard, opened.enter_context(file)
 
-    def _later_report(self) -> ProgressCallback | None:
-        report, before = self._report, self._done_bytes
-        if report is None or not before:
-            return report
-        return lambda at: report(replace(at, done_bytes=before + at.done_bytes))
+    def _later_report(self, before: int) -> ProgressCallback:
+        if not before:
+            return self._tell
+        return lambda at: self._tell(replace(at, done_bytes=before + at.done_bytes))
+
+    def _tell(self, progress: Progress) -> None:
+        self._signals.let_through()  # the engine ends on what is raised here
+        if self._report:
+            self._report(progress)
 
 
 def _tensor_bytes(shard: ShardPlan) -> int:

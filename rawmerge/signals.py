@@ -1,12 +1,16 @@
-"""Signals that end a command, as exceptions."""
+"""Signals that end a program: when they are handled, and for a command, as exceptions."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Final, TypeAlias
+
+#: What is sent to end a program; some systems lack some.
+_ENDING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_Handler: TypeAlias = Callable[[int, FrameType | None], object] | int
 
 
 class Ended(KeyboardInterrupt):
@@ -17,19 +21,75 @@ class Ended(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a merge as Ctrl-C does: cleaned up, nothing published. A second changes nothing."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+def end_by_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: cleaned up, nothing published. A second changes nothing.
 
-    def end(number: int, _: FrameType | None) -> NoReturn:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise Ended(number)
+    What whoever started the process lets it ignore (`nohup`, a shell's background) stays ignored.
+    """
+    ended: list[int] = []
 
-    before = [(number, signal.signal(number, end)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in before:
+    def end(number: int, _: FrameType | None) -> None:
+        ended.append(number)
+        if len(ended) == 1:
+            raise Ended(number)
+
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+class HeldSignals:
+    """A block in which SIGINT, SIGTERM and SIGHUP wait, and are handled where the block lets them through.
+
+    Python runs a handler between any two instructions of the main thread. One that raises there may do so inside the
+    import system, whose lock then stays held (as of CPython 3.14): every thread that imports waits for ever, and who
+    waits for the thread does too. Between two renames, it would leave half of a whole.
+
+    In other threads than the main one nothing is held, for signals are not handled there.
+
+    Attributes:
+        note: told by what handlers raise when the block is left.
+    """
+
+    def __init__(self) -> None:
+        self.note = ""
+        self._received: list[int] = []
+        self._before: dict[int, _Handler] = {}
+
+    def __enter__(self) -> HeldSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in _ENDING:
+                handler = signal.getsignal(number)
+                # None: a handler that Python did not set, and could not put back
+                if handler is not None and handler is not signal.SIG_IGN:
+                    self._before[number] = handler
+                    signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+        try:
+            self.let_through()
+        except BaseException as raised:
+            if error is None:
+                if self.note:
+                    raised.add_note(self.note)
+                raise
+            # the block is ending anyway, and its error knows what became of it
+
+    def let_through(self) -> None:
+        """Handle now what has come: as it would have been handled before the block, which may raise."""
+        while self._received:
+            number = self._received.pop(0)
+            handler = self._before[number]
+            if callable(handler):
+                handler(number, None)
+            else:
+                signal.signal(number, handler)
+                signal.raise_signal(number)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self._received.append(number)

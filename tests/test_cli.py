@@ -12,6 +12,8 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -165,17 +167,29 @@ def test_version() -> None:
 
 
 SLOW_MERGE = """
-import os, sys, time
-from rawmerge import shard_writer
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest aside lets it be ignored
 from rawmerge.cli import main
-write = os.pwrite
-def slow(*arguments):
-    print("writing", flush=True)
-    time.sleep(0.3)
-    return write(*arguments)
-shard_writer.os.pwrite = slow
+from rawmerge.shard_writer import OutputFile
+def slowed(write):
+    def slow(*arguments):
+        print("writing", flush=True)
+        time.sleep(0.3)
+        return write(*arguments)
+    return slow
+for name in ("copy_from", "write_at", "write_placed"):
+    setattr(OutputFile, name, slowed(getattr(OutputFile, name)))
 main()
 """
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill the process where it does not end by itself, for leaving its block waits for it."""
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 def run_on_terminal(columns: int, *arguments: object) -> str:
@@ -213,7 +227,8 @@ def test_a_signal_ends_a_merge_without_debris(tiny: Paths, tmp_path: Path, numbe
         assert process.stdout is not None
         process.stdout.readline()  # the staging directory exists now
         process.send_signal(number)
-        process.communicate(timeout=60)
+        with ended(process):
+            process.communicate(timeout=60)
     assert process.returncode == code
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

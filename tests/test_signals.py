@@ -1,0 +1,142 @@
+"""Signals wait while a merge runs, and end it only where it can end cleanly."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+import rawmerge
+from rawmerge.signals import HeldSignals
+
+Paths = tuple[Path, Path]
+pytestmark = pytest.mark.usefixtures("recorded")
+
+
+class Told(Exception):
+    pass
+
+
+@pytest.fixture
+def recorded() -> Iterator[list[int]]:
+    """Let SIGINT be recorded, then raise; so that a test does not depend on how pytest was started."""
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        raise Told
+
+    before = signal.signal(signal.SIGINT, receive)
+    yield received
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)  # this thread gets it now; of a kill, any thread may, and later
+
+
+def test_a_signal_waits_for_the_place_that_lets_it_through(recorded: list[int]) -> None:
+    with HeldSignals() as held:
+        interrupt()
+        assert recorded == []
+        with pytest.raises(Told):
+            held.let_through()
+        assert recorded == [signal.SIGINT]
+        held.let_through()
+    assert recorded == [signal.SIGINT]
+
+
+def test_a_signal_is_handled_when_the_block_is_left_with_its_note(recorded: list[int]) -> None:
+    with pytest.raises(Told) as caught, HeldSignals() as held:
+        held.note = "all was done"
+        interrupt()
+    assert caught.value.__notes__ == ["all was done"]
+    with pytest.raises(Told):
+        interrupt()  # its handler is back
+    assert len(recorded) == 2
+
+
+def test_an_error_is_not_replaced_by_a_signal_that_was_held(recorded: list[int]) -> None:
+    with pytest.raises(ValueError, match="what went wrong"), HeldSignals():
+        interrupt()
+        raise ValueError("what went wrong")
+    assert recorded == [signal.SIGINT]
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with HeldSignals():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_an_outer_block_decides_when_an_inner_ones_signals_are_handled(recorded: list[int]) -> None:
+    with pytest.raises(Told), HeldSignals():
+        with HeldSignals():
+            interrupt()
+        assert recorded == []
+
+
+def test_other_threads_hold_nothing(recorded: list[int]) -> None:
+    def hold() -> None:
+        with HeldSignals():
+            entered.append(signal.getsignal(signal.SIGINT))
+
+    entered: list[object] = []
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    thread.join()
+    assert entered == [before]
+    assert recorded == []
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_signal_ends_a_merge_where_it_tells_its_progress(
+    tiny: Paths, tmp_path: Path, recorded: list[int], *, consume: bool
+) -> None:
+    told: list[rawmerge.Progress] = []
+
+    def progress(at: rawmerge.Progress) -> None:
+        told.append(at)
+        interrupt()
+        assert recorded == []
+
+    with pytest.raises(Told):
+        rawmerge.merge_adapter(*tiny, tmp_path / "out", progress=progress, consume_base=consume)
+    assert len(told) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    rawmerge.merge_adapter(*tiny, tmp_path / "out")
+
+
+SIGNALS = """
+import os, signal, sys, threading, time
+for name in sys.argv.pop(1).split(","):
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+from rawmerge import cli
+def send():
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+run = cli.rawmerge.run_plan
+def sent(plan, output, *, progress, **choices):
+    at = iter([threading.Thread(target=send).start])
+    return run(plan, output, progress=lambda _: [start() for start in at] and time.sleep(0.1), **choices)
+cli.rawmerge.run_plan = sent
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("ignored", "code"), [("SIGUSR1", 129), ("SIGHUP", 143), ("SIGHUP,SIGTERM,SIGINT", 0)])
+def test_several_signals_end_the_command_once(tiny: Paths, tmp_path: Path, ignored: str, code: int) -> None:
+    command = [sys.executable, "-c", SIGNALS, ignored, "merge", *map(str, tiny), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "out").exists() == (code == 0)
+    assert done.stderr.splitlines()[-1].startswith("memory" if code == 0 else "rawmerge: interrupted"), done.stderr
+    assert "Traceback" not in done.stderr
