@@ -19,7 +19,7 @@ Paths = tuple[Path, Path]
 pytestmark = pytest.mark.usefixtures("recorded")
 
 
-class Told(Exception):
+class ToldError(Exception):
     pass
 
 
@@ -30,7 +30,7 @@ def recorded() -> Iterator[list[int]]:
 
     def receive(number: int, _: FrameType | None) -> None:
         received.append(number)
-        raise Told
+        raise ToldError
 
     before = signal.signal(signal.SIGINT, receive)
     yield received
@@ -45,7 +45,7 @@ def test_a_signal_waits_for_the_place_that_lets_it_through(recorded: list[int]) 
     with HeldSignals() as held:
         interrupt()
         assert recorded == []
-        with pytest.raises(Told):
+        with pytest.raises(ToldError):
             held.let_through()
         assert recorded == [signal.SIGINT]
         held.let_through()
@@ -53,19 +53,23 @@ def test_a_signal_waits_for_the_place_that_lets_it_through(recorded: list[int]) 
 
 
 def test_a_signal_is_handled_when_the_block_is_left_with_its_note(recorded: list[int]) -> None:
-    with pytest.raises(Told) as caught, HeldSignals() as held:
-        held.note = "all was done"
+    held = HeldSignals()
+    held.note = "all was done"
+    with pytest.raises(ToldError) as caught, held:
         interrupt()
     assert caught.value.__notes__ == ["all was done"]
-    with pytest.raises(Told):
+    with pytest.raises(ToldError):
         interrupt()  # its handler is back
     assert len(recorded) == 2
 
 
 def test_an_error_is_not_replaced_by_a_signal_that_was_held(recorded: list[int]) -> None:
-    with pytest.raises(ValueError, match="what went wrong"), HeldSignals():
+    def fail() -> None:
         interrupt()
         raise ValueError("what went wrong")
+
+    with pytest.raises(ValueError, match="what went wrong"), HeldSignals():
+        fail()
     assert recorded == [signal.SIGINT]
 
 
@@ -76,10 +80,14 @@ def test_what_is_ignored_stays_ignored() -> None:
 
 
 def test_an_outer_block_decides_when_an_inner_ones_signals_are_handled(recorded: list[int]) -> None:
-    with pytest.raises(Told), HeldSignals():
+    def nest() -> None:
         with HeldSignals():
             interrupt()
         assert recorded == []
+
+    with pytest.raises(ToldError), HeldSignals():
+        nest()
+    assert recorded == [signal.SIGINT]
 
 
 def test_other_threads_hold_nothing(recorded: list[int]) -> None:
@@ -107,7 +115,7 @@ def test_a_signal_ends_a_merge_where_it_tells_its_progress(
         interrupt()
         assert recorded == []
 
-    with pytest.raises(Told):
+    with pytest.raises(ToldError):
         rawmerge.merge_adapter(*tiny, tmp_path / "out", progress=progress, consume_base=consume)
     assert len(told) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
