@@ -1,6 +1,21 @@
-"""`python -m rawmerge`."""
+"""`rawmerge`, and `python -m rawmerge`."""
 
-from rawmerge.cli import main
+from __future__ import annotations
+
+import gc
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line, and end the process.
+
+    What a start imports stays: the collector would look through it time and again. A merge puts it on again.
+    """
+    gc.disable()
+    from rawmerge.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from rawmerge.formats.adapter_config import CONFIG_NAME, AdapterConfig, parse_ad
 from rawmerge.formats.foreign_adapters import ALPHA_SUFFIX, is_kohya, is_mlx, kohya_config, mlx_config, parse_alpha
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.formats.weight_map import SHARD_SUFFIX
-from rawmerge.methods import ADAPTER_KINDS
+from rawmerge.methods import KIND_FIELDS
 from rawmerge.methods.refused import REFUSED_KINDS
 from rawmerge.tensor_source import (
     OpenFiles,
@@ -114,8 +114,7 @@ def _adapter(root: Path, config: AdapterConfig, text: str, weights: TensorFile) 
 
 
 def _parse_config(raw: bytes, root: Path) -> AdapterConfig:
-    kinds = {peft_type: kind.fields for peft_type, kind in ADAPTER_KINDS.items() if not kind.is_foreign}
-    return parse_adapter_config(raw, str(root / CONFIG_NAME), kinds, REFUSED_KINDS)
+    return parse_adapter_config(raw, str(root / CONFIG_NAME), KIND_FIELDS, REFUSED_KINDS)
 
 
 def _table(raw: bytes) -> Mapping[str, object]:

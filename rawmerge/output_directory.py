@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ class StagingDirectory:
 
     def __init__(self, output: Path, path: Path | None = None) -> None:
         self.output = output
-        self.path = path or output.parent / f".{_TAG}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = path or output.parent / f".{_TAG}-{os.getpid()}-{os.urandom(4).hex()}"
         self._created: list[Path] = []
         self._published = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Final, TypeAlias
 
@@ -71,14 +72,16 @@ class HeldSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is not None:
+            with suppress(BaseException):  # the block is ending anyway, and its error knows what became of it
+                self.let_through()
+            return
         try:
             self.let_through()
         except BaseException as raised:
-            if error is None:
-                if self.note:
-                    raised.add_note(self.note)
-                raise
-            # the block is ending anyway, and its error knows what became of it
+            if self.note:
+                raised.add_note(self.note)
+            raise
 
     def let_through(self) -> None:
         """Handle now what has come: as it would have been handled before the block, which may raise."""

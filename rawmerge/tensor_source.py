@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from rawmerge.errors import InputChangedError, MissingFileError, Problem, quote
 from rawmerge.formats.shard_header import (
@@ -22,7 +22,9 @@ from rawmerge.formats.shard_header import (
     parse_header_length,
     parse_shard_header,
 )
-from rawmerge.formats.tensor_archive import TensorArchive, read_tensor_archive
+
+if TYPE_CHECKING:
+    from rawmerge.formats.tensor_archive import TensorArchive
 
 #: One system call's worth of bytes: large enough to be fast, small enough to stay in the processor's cache.
 CHUNK_BYTES: Final = 4 * 2**20
@@ -170,6 +172,8 @@ def read_pickle_file(path: Path) -> PickleFile:
         _regular_file(path, "a readable file of torch.save") as (descriptor, size),
         os.fdopen(descriptor, "rb", closefd=False) as file,
     ):
+        from rawmerge.formats.tensor_archive import read_tensor_archive  # most adapters are none
+
         return PickleFile(path, size, read_tensor_archive(file, size, str(path)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 
@@ -31,7 +30,7 @@ def replace_text(path: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    new = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         new.write_text(text, encoding="utf-8")
         new.replace(path)

@@ -21,7 +21,7 @@ import rawmerge
 from rawmerge.errors import PlanError
 from rawmerge.formats.shard_header import TensorEntry
 from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Update, UpdateTensor, Window, matrix_of
-from rawmerge.methods import ADAPTER_KINDS, METHODS
+from rawmerge.methods import ADAPTER_KINDS, KIND_FIELDS, METHODS
 from rawmerge.methods.interface import Scratch, Setting, TileContext
 from rawmerge.plan_json import format_plan, parse_plan
 from rawmerge.shared_tensors import SharedTensors, count_uses
@@ -331,6 +331,10 @@ def test_the_kinds_of_the_registry_are_the_names_that_plans_hold() -> None:
     assert {"lora", "lora_bias", "expert_lora", "token_rows"} <= set(METHODS)
     # a name that two kinds gave would be one of the two's arithmetic for both
     assert len(METHODS) == len({id(method) for method in METHODS.values()})
+    assert [kind.peft_type for kind in ADAPTER_KINDS.values()] == list(ADAPTER_KINDS)
+    assert set(KIND_FIELDS) == {name for name, kind in ADAPTER_KINDS.items() if not kind.is_foreign}
+    assert len(ADAPTER_KINDS) == len(set(ADAPTER_KINDS)) >= len(KIND_FIELDS) == len(set(KIND_FIELDS))
+    assert all(KIND_FIELDS[name] is ADAPTER_KINDS[name].fields for name in KIND_FIELDS)
     names = [name for kind in ADAPTER_KINDS.values() for name in kind.methods]
     assert all(METHODS[name] is kind.methods[name] for kind in ADAPTER_KINDS.values() for name in kind.methods), names
 

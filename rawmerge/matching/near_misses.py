@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterator
 from typing import Final
@@ -26,7 +25,9 @@ def near_misses(target: str, base_names: Collection[str]) -> list[str]:
     if not found:
         same_leaf = [name for name in base_names if _leaf(name) == _leaf(target)]
         pool = (same_leaf or list(base_names))[:_MAX_COMPARED]
-        found = difflib.get_close_matches(target, pool, n=1, cutoff=_CLOSE)
+        from difflib import get_close_matches  # only refusals need it
+
+        found = get_close_matches(target, pool, n=1, cutoff=_CLOSE)
     return [name for name in found if _without_numbers(name) != _without_numbers(target)][:3]
 
 

@@ -2,83 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
 from typing import Final
 
-from rawmerge.methods.adalora import AdaloraKind
-from rawmerge.methods.beft import BeftKind
-from rawmerge.methods.boft import BoftKind
-from rawmerge.methods.c3a import C3aKind
-from rawmerge.methods.deft import DeftKind
-from rawmerge.methods.delora import DeloraKind
-from rawmerge.methods.fourierft import FourierftKind
-from rawmerge.methods.glora import GloraKind
-from rawmerge.methods.gralora import GraloraKind
-from rawmerge.methods.hira import HiraKind
-from rawmerge.methods.hra import HraKind
-from rawmerge.methods.ia3 import Ia3Kind
+from rawmerge.formats.foreign_adapters import KOHYA, MLX
+from rawmerge.formats.kind_fields import KindFields
 from rawmerge.methods.interface import AdapterKind, Method
-from rawmerge.methods.kohya import KohyaKind
-from rawmerge.methods.ln_tuning import LnTuningKind
-from rawmerge.methods.loha import LohaKind
-from rawmerge.methods.lokr import LokrKind
-from rawmerge.methods.lora_kind import LoraKind
-from rawmerge.methods.miss import BoneKind, MissKind
-from rawmerge.methods.mlx import MlxKind
-from rawmerge.methods.oft import OftKind
-from rawmerge.methods.osf import OsfKind
-from rawmerge.methods.peanut import PeanutKind
-from rawmerge.methods.psoft import PsoftKind
-from rawmerge.methods.pvera import PveraKind
-from rawmerge.methods.randlora import RandloraKind
-from rawmerge.methods.road import RoadKind
-from rawmerge.methods.shira import ShiraKind
-from rawmerge.methods.supertuning import SupertuningKind
-from rawmerge.methods.tinylora import TinyloraKind
-from rawmerge.methods.trainable_tokens import TrainableTokensKind
-from rawmerge.methods.unilora import UniloraKind
-from rawmerge.methods.vblora import VbloraKind
-from rawmerge.methods.vera import VeraKind
-from rawmerge.methods.waveft import WaveftKind
 
-_KINDS: Final[tuple[AdapterKind, ...]] = (
-    LoraKind(),
-    AdaloraKind(),
-    BeftKind(),
-    BoftKind(),
-    BoneKind(),
-    C3aKind(),
-    DeftKind(),
-    DeloraKind(),
-    FourierftKind(),
-    GloraKind(),
-    GraloraKind(),
-    HiraKind(),
-    HraKind(),
-    Ia3Kind(),
-    KohyaKind(),
-    LnTuningKind(),
-    LohaKind(),
-    LokrKind(),
-    MissKind(),
-    MlxKind(),
-    OftKind(),
-    OsfKind(),
-    PeanutKind(),
-    PsoftKind(),
-    PveraKind(),
-    RandloraKind(),
-    RoadKind(),
-    ShiraKind(),
-    SupertuningKind(),
-    TinyloraKind(),
-    TrainableTokensKind(),
-    UniloraKind(),
-    VbloraKind(),
-    VeraKind(),
-    WaveftKind(),
-)
+#: PEFT's kinds, by `peft_type`, to their classes.
+_OF_PEFT: Final = {
+    "LORA": "lora_kind.LoraKind",
+    "ADALORA": "adalora.AdaloraKind",
+    "BEFT": "beft.BeftKind",
+    "BOFT": "boft.BoftKind",
+    "BONE": "miss.BoneKind",
+    "C3A": "c3a.C3aKind",
+    "DEFT": "deft.DeftKind",
+    "DELORA": "delora.DeloraKind",
+    "FOURIERFT": "fourierft.FourierftKind",
+    "GLORA": "glora.GloraKind",
+    "GRALORA": "gralora.GraloraKind",
+    "HIRA": "hira.HiraKind",
+    "HRA": "hra.HraKind",
+    "IA3": "ia3.Ia3Kind",
+    "LN_TUNING": "ln_tuning.LnTuningKind",
+    "LOHA": "loha.LohaKind",
+    "LOKR": "lokr.LokrKind",
+    "MISS": "miss.MissKind",
+    "OFT": "oft.OftKind",
+    "OSF": "osf.OsfKind",
+    "PEANUT": "peanut.PeanutKind",
+    "PSOFT": "psoft.PsoftKind",
+    "PVERA": "pvera.PveraKind",
+    "RANDLORA": "randlora.RandloraKind",
+    "ROAD": "road.RoadKind",
+    "SHIRA": "shira.ShiraKind",
+    "SUPERTUNING": "supertuning.SupertuningKind",
+    "TINYLORA": "tinylora.TinyloraKind",
+    "TRAINABLE_TOKENS": "trainable_tokens.TrainableTokensKind",
+    "UNILORA": "unilora.UniloraKind",
+    "VBLORA": "vblora.VbloraKind",
+    "VERA": "vera.VeraKind",
+    "WAVEFT": "waveft.WaveftKind",
+}
+#: Those whose files are not PEFT's, so that no `adapter_config.json` names them.
+_FOREIGN: Final = {KOHYA: "kohya.KohyaKind", MLX: "mlx.MlxKind"}
+_HOMES: Final = {**_OF_PEFT, **_FOREIGN}
+
+
+class _Kinds(Mapping[str, AdapterKind]):
+    """Imports a kind when it is asked for: a merge needs one of them, and all take a tenth of a small merge's start."""
+
+    def __getitem__(self, peft_type: str) -> AdapterKind:
+        return _load(_HOMES[peft_type])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_HOMES)
+
+    def __len__(self) -> int:
+        return len(_HOMES)
+
+
+class _Fields(Mapping[str, KindFields]):
+    """What the configs of PEFT's kinds hold."""
+
+    def __getitem__(self, peft_type: str) -> KindFields:
+        return _load(_OF_PEFT[peft_type]).fields
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_OF_PEFT)
+
+    def __len__(self) -> int:
+        return len(_OF_PEFT)
+
+
+class _Methods(Mapping[str, Method]):
+    """The methods of all kinds, of which no more are imported than it takes to find one; LoRA's come first."""
+
+    def __getitem__(self, name: str) -> Method:
+        for kind in ADAPTER_KINDS.values():
+            if name in kind.methods:
+                return kind.methods[name]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({name: None for kind in ADAPTER_KINDS.values() for name in kind.methods})
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@cache
+def _load(home: str) -> AdapterKind:
+    module, name = home.split(".")
+    kind: AdapterKind = getattr(import_module(f"{__name__}.{module}"), name)()
+    return kind
+
 
 #: Every kind that can be merged, by `peft_type`.
-ADAPTER_KINDS: Final[dict[str, AdapterKind]] = {kind.peft_type: kind for kind in _KINDS}
+ADAPTER_KINDS: Final[Mapping[str, AdapterKind]] = _Kinds()
+#: What an `adapter_config.json` may hold, by `peft_type`.
+KIND_FIELDS: Final[Mapping[str, KindFields]] = _Fields()
 #: What plans name to compute with.
-METHODS: Final[dict[str, Method]] = {name: method for kind in _KINDS for name, method in kind.methods.items()}
+METHODS: Final[Mapping[str, Method]] = _Methods()
