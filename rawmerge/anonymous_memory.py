@@ -8,13 +8,15 @@ from typing import Final
 
 #: Bytes of a page of memory; a multiple of what disks ask for.
 PAGE_BYTES: Final = 4096
+#: Buffers from this size on are worth large pages.
+LARGE_FROM: Final = 2**20
 #: Bytes of a large page, on x86-64 and on Arm with small pages of 4 KiB.
 _LARGE_BYTES: Final = 2 * 2**20
 
 
 def anonymous_memory(byte_count: int) -> memoryview:
     """Return uninitialised memory that begins with a page."""
-    return memoryview(mmap.mmap(-1, max(1, byte_count)))[:byte_count]
+    return memoryview(_mapped(byte_count))[:byte_count]
 
 
 def large_memory(byte_count: int) -> memoryview:
@@ -22,8 +24,21 @@ def large_memory(byte_count: int) -> memoryview:
 
     A disk is given a list of the pages that it reads or writes: of one entry then, rather than of hundreds.
     """
-    memory = mmap.mmap(-1, -(-byte_count // _LARGE_BYTES) * _LARGE_BYTES)
+    memory = _mapped(large_pages(byte_count))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a system built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)[:byte_count]
+
+
+def large_pages(byte_count: int) -> int:
+    """Return what so many bytes take in large pages, all of which the system gives at the first use."""
+    return -(-byte_count // _LARGE_BYTES) * _LARGE_BYTES
+
+
+def _mapped(byte_count: int) -> mmap.mmap:
+    byte_count = max(1, byte_count)
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, byte_count)
+    # what Python maps by itself could be shared with children; few systems give that large pages
+    return mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE)

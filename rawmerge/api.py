@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
+from rawmerge.errors import MissingFileError, OutputError, Problem, quote
+from rawmerge.finished_merge import finished_merge
 from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.weight_map import INDEX_NAME
@@ -15,6 +18,7 @@ from rawmerge.jobs import ProgressCallback
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
 from rawmerge.plan import make_plan
+from rawmerge.plan_difference import difference
 from rawmerge.run import MergeSummary, run_plan
 from rawmerge.run_options import RunChoices
 from rawmerge.unfinished import unfinished_plan
@@ -86,21 +90,28 @@ def plan_for_output(
 
     Raises:
         RefusedError: with every reason against the merge in `.problems`; an OutputError where another merge to
-            `output` is unfinished. ValueError: an option is none of its choices.
+            `output` is unfinished, or this one has consumed its base and is finished. ValueError: an option is none
+            of its choices.
     """
     options = _merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
-    if plan := unfinished_plan(Path(output), options, lambda plan: _is_of(plan, base, adapter)):
+    if plan := unfinished_plan(Path(output), options, lambda plan: _other_inputs(plan, base, adapter)):
         return plan
-    return plan_merge(
-        base,
-        adapter,
-        compute_dtype=compute_dtype,
-        dtype=dtype,
-        vocab=vocab,
-        tokenizer=tokenizer,
-        moe_lora_b_layout=moe_lora_b_layout,
-        force=force,
-    )
+    try:
+        return plan_merge(
+            base,
+            adapter,
+            compute_dtype=compute_dtype,
+            dtype=dtype,
+            vocab=vocab,
+            tokenizer=tokenizer,
+            moe_lora_b_layout=moe_lora_b_layout,
+            force=force,
+        )
+    except MissingFileError as error:
+        root = Path(base).expanduser()
+        if problem := finished_merge(Path(output), root, resolve_adapter(adapter).path, options):
+            raise OutputError(problem) from error
+        raise
 
 
 def _merge_options(
@@ -116,19 +127,20 @@ def _merge_options(
     )
 
 
-def _is_of(plan: MergePlan, base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> bool:
-    """Whether a plan's base and adapter are those named; of the base, less than what was named may be left."""
+def _other_inputs(plan: MergePlan, base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Iterator[Problem]:
+    """Yield what is named as base and adapter and is not the plan's; of the base, less than that may be left."""
     given = os.path.realpath(Path(base).expanduser())
     roots = {plan.base_root, *(str(Path(plan.base_root) / name) for name in (INDEX_NAME, CONFIG_NAME))}
     if given not in map(os.path.realpath, roots):
-        return False
+        yield difference("BASE", quote(plan.base_root), quote(given))
     found = resolve_adapter(adapter).path
     names = {
         plan.adapter_root,
         str(Path(plan.adapter_root) / ADAPTER_CONFIG),
         *(file.path for file in plan.adapter_files),
     }
-    return os.path.realpath(found) in map(os.path.realpath, names)
+    if os.path.realpath(found) not in map(os.path.realpath, names):
+        yield difference("ADAPTER", quote(plan.adapter_root), quote(found))
 
 
 def merge_adapter(

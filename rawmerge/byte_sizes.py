@@ -5,30 +5,48 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(i?b)?", re.IGNORECASE | re.ASCII)
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_LARGER: Final = ("kB", "MB", "GB", "TB")
 
 
 def parse_bytes(text: str) -> int:
     """Return the bytes that `text` names, rounded down.
 
-    As in GNU's tools, `M` and `MiB` are 2**20 and `MB` is 10**6; the case of letters does not matter.
+    As in GNU's tools, `M` and `MiB` are 2**20 and `MB` is 10**6; the case of letters does not matter. A number alone is
+    no size: whoever leaves the unit out mostly means megabytes.
 
     Raises:
-        ValueError: it names no positive size.
+        ValueError: it names no positive size, or no unit.
 
     Example:
-        >>> parse_bytes("512M"), parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes("1000")
+        >>> parse_bytes("512M"), parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes("1000B")
         (536870912, 2147483648, 1500000000, 1000)
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"expected a size such as 512M, 2GiB or 3GB, not {text!r}")
+        raise ValueError(f"expected a size such as 512MiB, 2GiB or 3GB, not {text!r}")
     number, letter, ending = match.groups()
+    if not letter and not ending:
+        raise ValueError(f"expected a size with its unit, such as {number}MiB, not {text!r}")
     unit = 1000 if letter and (ending or "").lower() == "b" else 1024
-    count = int(float(number) * unit ** _POWERS[letter.lower()]) if "." in number else int(number)
-    if "." not in number:
-        count *= unit ** _POWERS[letter.lower()]
+    whole, _, part = number.partition(".")
+    count = int(whole + part) * int(unit ** _POWERS[letter.lower()]) // int(10 ** len(part))
     if count < 1:
         raise ValueError(f"expected a size of at least one byte, not {text!r}")
     return count
+
+
+def format_bytes(count: int) -> str:
+    """Return a size as people read it, in decimal units.
+
+    Example:
+        >>> format_bytes(3_500_000_000)
+        '3.50 GB'
+    """
+    size, unit = float(count), "B"
+    for larger in _LARGER:
+        if round(size, 2) < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"

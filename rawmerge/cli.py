@@ -5,8 +5,8 @@ Text for people goes to stderr, results go to stdout, so that a result can be pi
 
 from __future__ import annotations
 
+import gc
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,12 +16,10 @@ from typing import Any, NoReturn
 import click
 
 import rawmerge
-from rawmerge.byte_sizes import parse_bytes
-from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
+from rawmerge.command_options import ADAPTER, BASE, DEVICE, JSON, MAX_MEMORY, THREADS, WITHOUT, plan_options
 from rawmerge.errors import RawmergeError
-from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS
 from rawmerge.output_directory import PUBLISHED_NOTE
-from rawmerge.run_options import DEVICE_NAMES, MECHANISMS, RunChoices, RunOptions
+from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.signals import Ended, end_by_signals
 
 REFUSED = 3
@@ -61,83 +59,6 @@ def _say(text: str, *, err: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-_BASE = click.argument("base")
-_ADAPTER = click.argument("adapter")
-
-
-def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-    ctx.meta["rawmerge.json"] = value
-    return value
-
-
-_JSON = click.option("--json", "as_json", is_flag=True, callback=_remember_json, help="Print JSON for programs.")
-_DTYPE = click.option(
-    "--dtype",
-    type=click.Choice(list(OUTPUT_DTYPES)),
-    help="Store all float tensors in this dtype.  [default: each tensor's own]",
-)
-_COMPUTE = click.option(
-    "--compute-dtype",
-    type=click.Choice(COMPUTE_DTYPES),
-    default="float32",
-    show_default=True,
-    help="float32 is bit-equal to PEFT; float64 rounds once, from sums in float64.",
-)
-
-
-_VOCAB = click.option(
-    "--vocab",
-    type=click.Choice([OVERLAY]),
-    help="Write a smaller vocabulary over the first rows of the base's.  [default: refuse it]",
-)
-_TOKENIZER = click.option(
-    "--tokenizer",
-    type=click.Choice(TOKENIZERS),
-    default="base",
-    show_default=True,
-    help="Whose tokenizer and chat template the output gets.",
-)
-_LAYOUT = click.option(
-    "--moe-lora-b-layout",
-    type=click.Choice(LAYOUTS),
-    help="Order of lora_B's columns on fused experts.  [default: the adapter's marker, else rank_major, as PEFT]",
-)
-_FORCE = click.option(
-    "--force", is_flag=True, help="Merge although the base seems to be another one, or holds the adapter already."
-)
-
-
-def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that decide the output's bytes."""
-    for option in reversed((_DTYPE, _COMPUTE, _VOCAB, _TOKENIZER, _LAYOUT, _FORCE)):
-        command = option(command)
-    return command
-
-
-_DEVICE_HELP = (
-    "Where updates are computed: cpu, cuda, cuda:1 or mps. On others than cpu, float64 gives the same bytes as there, "
-    "float32 nearly so."
-)
-
-
-def _checked_device(_: click.Context, __: click.Parameter, value: str) -> str:
-    if not re.fullmatch(DEVICE_NAMES, value):
-        raise click.BadParameter(f"{value!r} is none of cpu, cuda, cuda:1 (or another number), mps.")
-    return value
-
-
-_MEMORY_HELP = (
-    "Most memory to take, such as 2GiB or 512M; refused where that cannot be.  [default: what the control group has]"
-)
-
-
-def _parsed_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    try:
-        return parse_bytes(value) if value is not None else None
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.") from None
-
-
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rawmerge.__version__, prog_name="rawmerge")
 def cli() -> None:
@@ -146,18 +67,18 @@ def cli() -> None:
     BASE and ADAPTER are directories, safetensors files, or hub ids (org/name[@revision]).
 
     Exit codes: 0 done, 2 usage, 3 refused and nothing written, 4 failed while writing and nothing published,
-    5 verification found differences, 1 a bug of ours.
+    1 a bug of ours; 5 the demo, which alone verifies its output, found differences.
     """
 
 
 @cli.command()
-@_BASE
-@_ADAPTER
+@BASE
+@ADAPTER
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory to make.")
-@_plan_options
-@click.option("--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 8]")
-@click.option("--max-memory", callback=_parsed_size, metavar="SIZE", help=_MEMORY_HELP)
-@click.option("--device", callback=_checked_device, default="cpu", show_default=True, help=_DEVICE_HELP)
+@plan_options
+@THREADS
+@MAX_MEMORY
+@DEVICE
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the output.")
 @click.option("--link", is_flag=True, help="Shards that stay as they are become hard links to the base's.")
 @click.option(
@@ -166,14 +87,9 @@ def cli() -> None:
     help="Delete each shard of BASE once its successor is written; the same command goes on after a crash.",
 )
 @click.option("--no-reuse", is_flag=True, help="With --overwrite: make shards anew that would come out as they are.")
-@click.option(
-    "--without",
-    multiple=True,
-    type=click.Choice(list(MECHANISMS)),
-    help="Do not use this means of speed; changes no bit.  May be given more than once.",
-)
+@WITHOUT
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
-@_JSON
+@JSON
 def merge(
     base: str,
     adapter: str,
@@ -208,6 +124,8 @@ def merge(
         return
     for line in (*(f"note: {note}" for note in plan.notes), *left_out_lines(plan)):
         _say(line, err=True)
+    gc.freeze()  # what the start made stays
+    gc.enable()
     with _progress_bar(plan.tensor_bytes) as progress:
         summary = rawmerge.run_plan(plan, output, progress=progress, **choices)
     click.get_current_context().meta["rawmerge.published"] = [PUBLISHED_NOTE]
@@ -218,21 +136,40 @@ def merge(
 
 
 @cli.command()
-@_BASE
-@_ADAPTER
-@_plan_options
-@_JSON
-def plan(base: str, adapter: str, as_json: bool, **options: Any) -> None:
-    """Tell what a merge would do, from headers and configs alone."""
+@BASE
+@ADAPTER
+@plan_options
+@THREADS
+@MAX_MEMORY
+@WITHOUT
+@JSON
+def plan(
+    base: str,
+    adapter: str,
+    threads: int | None,
+    max_memory: int | None,
+    without: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Tell what a merge would do, from headers and configs alone.
+
+    --threads, --max-memory and --without change nothing but the memory that is told; a SIZE that cannot be kept is
+    refused, as a merge would. `merge --dry-run` checks the output too.
+    """
+    from rawmerge.memory_budget import choose_budget
     from rawmerge.report import plan_text
 
     made = rawmerge.plan_merge(base, adapter, **options)
-    _say(rawmerge.format_plan(made) if as_json else plan_text(made))
+    choices = RunOptions(threads=threads, max_memory=max_memory, without=without)
+    if max_memory is not None:
+        choose_budget(made, choices)
+    _say(rawmerge.format_plan(made) if as_json else plan_text(made, choices))
 
 
 @cli.command()
 @click.argument("path")
-@_JSON
+@JSON
 def inspect(path: str, as_json: bool) -> None:
     """Tell what a base or an adapter is, and whether it can be merged; exit code 3 if it cannot."""
     from rawmerge.report import inspection_json, inspection_text
@@ -244,7 +181,7 @@ def inspect(path: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
-@_JSON
+@JSON
 def demo(directory: Path | None, as_json: bool) -> None:
     """Make a small base and adapter offline, merge them, and verify the result.
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import MergeError
 from rawmerge.memory_budget import MemoryBudget
 from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Step, UpdateTensor, matrix_of
@@ -147,8 +148,8 @@ class Computers:
         """
         if not self._budget.has_room_for_torch:
             raise MergeError(
-                f"expected a merge without torch in {self._budget.limit} bytes, found values that overflow, which only "
-                "torch computes\n    hint: give it more memory"
+                f"expected a merge without torch in {format_bytes(self._budget.limit or 0)}, found values that "
+                "overflow, which only torch computes\n    hint: give it more memory"
             )
 
 

@@ -7,18 +7,20 @@ What can be relied on:
   journal says so, and the merge has changed something.
 - After a crash, an error, or Ctrl-C the same command goes on and gives the bytes of a merge that was never cut off;
   where that is not sure, it is refused. Before the first deletion an error leaves nothing behind, and the base whole.
-- What a plan cannot tell, a result that is not finite, ends the merge when part of the base may be gone.
+- What a plan cannot tell, values that allow no merge, ends the merge when part of the base may be gone. To look for
+  them beforehand would take as long as merging; the error and the journal say that going on would fail again.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from rawmerge.consumption import Consumption, plan_consumption
 from rawmerge.consumption_check import check_consumption
-from rawmerge.errors import NothingChangedError, OutputError, ProblemCollector, quote
+from rawmerge.errors import NothingChangedError, OutputError, ProblemCollector, UnfitValuesError, quote
 from rawmerge.input_check import check_inputs
 from rawmerge.journal import JOURNAL_NAME, Journal, drop_half_line
 from rawmerge.merge_plan import ShardPlan
@@ -157,12 +159,23 @@ def _leave(folder: UnfinishedFolder, error: BaseException) -> None:
     except OutputError:  # it cannot be read, so nobody knows what it holds
         return
     if journal and journal.deleted:
-        error.add_note(
-            f"{_count(len(journal.deleted))} deleted from the base, and merged in {quote(folder.path)}: "
-            "run the same command again to go on"
-        )
+        error.add_note(_state(folder, journal, error))
     else:
         folder.remove()
+
+
+def _state(folder: UnfinishedFolder, journal: Journal, error: BaseException) -> str:
+    """Return what holds after base shards were deleted, and how to get a merged model all the same."""
+    state = f"{_count(len(journal.deleted))} deleted from the base, and merged in {quote(folder.path)}"
+    if not isinstance(error, UnfitValuesError):
+        return f"{state}: run the same command again to go on"
+    with suppress(OSError):  # it only says so to whoever tries another merge
+        journal.fail(error.tensor_name)
+    return (
+        f"{state}; the same command would fail again at the same tensor, and no other can go on. What is left: fetch "
+        "the base again, remove that folder, and merge anew with another adapter or --dtype, without --consume-base, "
+        "so that a failure leaves the base whole"
+    )
 
 
 def _count(shards: int) -> str:
@@ -178,6 +191,7 @@ class _ConsumingRun:
         self._staging = StagingDirectory(request.output, folder.staged)
         self._consumption: Consumption = plan_consumption(request.plan, journal.finished)
         self._changes_anyway = has_other_tensors(request.plan)
+        self._spared_bytes = sum(shard.byte_count for shard in request.plan.shards if shard.name in journal.finished)
         self._pending: list[str] = []
         self._notes: list[str] = []
 
@@ -206,7 +220,7 @@ class _ConsumingRun:
         unchanged = [name for shard in self._plan.shards for name in self.journal.finished[shard.name]]
         deleted = len(self.journal.deleted)
         left = f"{quote(self._plan.base_root)} is no checkpoint any more: {_count(deleted)} deleted"
-        return Written(tuple(unchanged), consumed=deleted, notes=(*self._notes, left))
+        return Written(tuple(unchanged), consumed=deleted, spared_bytes=self._spared_bytes, notes=(*self._notes, left))
 
     @property
     def _has_changed(self) -> bool:

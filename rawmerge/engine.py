@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from rawmerge.anonymous_memory import PAGE_BYTES
 from rawmerge.computers import Computers, StepComputer
 from rawmerge.jobs import Job, ProgressCallback, RunningJobs, ShardInWork
-from rawmerge.kept_ranges import KeptRange, kept_ranges, whole_source
+from rawmerge.kept_ranges import JOB_BYTES, KeptRange, is_copied, kept_ranges, whole_source
 from rawmerge.memory_budget import MemoryBudget, default_threads
 from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step, UpdateTensor
 from rawmerge.page_edges import cut_at_pages
@@ -26,9 +26,6 @@ from rawmerge.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from rawmerge.devices import Device
-
-#: A copied range is cut into jobs of this size, so that progress moves and threads share the work.
-COPY_BYTES: Final = 8 * 2**20
 
 
 class Engine:
@@ -125,7 +122,7 @@ class Engine:
         source = whole_source(plan.steps, plan.data_start) if self._options.uses("reflink") else ""
         cloned = source if source and file.clone(self._files, source) else ""
         file.write_header(plan.header_text)
-        for steps in kept_ranges(plan.steps, is_copied):
+        for steps in kept_ranges(plan.steps):
             if isinstance(steps, KeptRange):
                 is_there = steps.source.path == cloned
                 yield from [_told_only(steps)] if is_there else self._copy_jobs(steps, shard)
@@ -136,7 +133,7 @@ class Engine:
         """Yield the jobs that copy tensors lying side by side in the source and in the output."""
         source, total = kept.source, kept.byte_count
         target = shard.plan.data_start + kept.start
-        for start, count in cut_at_pages(target, total, COPY_BYTES):
+        for start, count in cut_at_pages(target, total, JOB_BYTES):
             call = self._copy(shard.file, (source.path, source.offset + start), target + start, count)
             yield Job(call, count, kept.last_name)
 
@@ -184,8 +181,3 @@ class Engine:
 def _told_only(kept: KeptRange) -> Job:
     """Return a job that finishes what a clone holds already."""
     return Job(lambda: None, kept.byte_count, kept.last_name)
-
-
-def is_copied(step: Step) -> bool:
-    """Whether a step's bytes go to the output as they are."""
-    return isinstance(step, KeepTensor) or (isinstance(step, ReplaceTensor) and step.source.dtype == step.entry.dtype)

@@ -14,7 +14,8 @@ RawmergeError                    exit 1
     DeviceError                           the accelerator that was asked for is not there
     MemoryLimitError                      the merge takes more memory than it may
   MergeError                     exit 4   failed while writing; nothing was published
-    NonFiniteTensorError                  a result overflowed where the base was finite
+    UnfitValuesError                      the same inputs would fail again
+      NonFiniteTensorError                a result overflowed where the base was finite
     NothingChangedError                   the merge would equal the base
     InputChangedError                     an input is no longer what the plan was made from
   VerificationError              exit 5   the output is not what it should be
@@ -59,9 +60,14 @@ class Problem:
 
 
 class RawmergeError(Exception):
-    """The root of all errors that rawmerge raises on purpose."""
+    """The root of all errors that rawmerge raises on purpose.
+
+    Attributes:
+        problems: what was expected and what was found instead, where it can be told in parts; else empty.
+    """
 
     exit_code: ClassVar[int] = 1
+    problems: tuple[Problem, ...] = ()
 
 
 class RefusedError(RawmergeError):
@@ -71,7 +77,7 @@ class RefusedError(RawmergeError):
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__(*problems)
-        self.problems: tuple[Problem, ...] = problems
+        self.problems = problems
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
@@ -125,19 +131,27 @@ class MergeError(RawmergeError):
     exit_code: ClassVar[int] = 4
 
 
-class NonFiniteTensorError(MergeError):
+class UnfitValuesError(MergeError):
+    """The values of base and adapter allow no merge of a tensor: the same inputs would fail again."""
+
+    def __init__(self, tensor_name: str, expected: str, found: str, hint: str = "") -> None:
+        super().__init__(tensor_name, expected, found, hint)
+        self.tensor_name = tensor_name
+        self.problems = (Problem(tensor_name, expected, found, hint),)
+
+    def __str__(self) -> str:
+        return str(self.problems[0])
+
+
+class NonFiniteTensorError(UnfitValuesError):
     """A merged tensor holds inf or NaN where the base is finite."""
 
     def __init__(self, tensor_name: str, storage_dtype: str) -> None:
-        super().__init__(tensor_name, storage_dtype)
-        self.tensor_name = tensor_name
+        hint = "the adapter may be broken, or the dtype too narrow; try --dtype float32"
+        found = "inf or NaN where the base is finite"
+        super().__init__(tensor_name, f"finite values in {storage_dtype}", found, hint)
+        self.args = (tensor_name, storage_dtype)  # what makes it again, where it is unpickled
         self.storage_dtype = storage_dtype
-
-    def __str__(self) -> str:
-        return (
-            f"{quote(self.tensor_name)}: expected finite values in {self.storage_dtype}, found inf or NaN where "
-            "the base is finite\n    hint: the adapter may be broken, or the dtype too narrow; try --dtype float32"
-        )
 
 
 class NothingChangedError(MergeError):

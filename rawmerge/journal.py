@@ -53,6 +53,7 @@ class Journal:
         has_changed: a tensor of a finished shard differs from the base's.
         deleted: base shard to the output shard after which it was deleted, or was about to be.
         is_complete: only publishing is left.
+        failed_tensor: output tensor whose values allow no merge, so that going on would fail again; else empty.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Journal:
     has_changed: bool = False
     deleted: dict[str, str] = field(default_factory=dict)
     is_complete: bool = False
+    failed_tensor: str = ""
 
     def begin(self) -> None:
         """Write the first line, durably with the folder; the file must not exist."""
@@ -92,6 +94,10 @@ class Journal:
         """Note that the output only has to be published."""
         self._note({"complete": True})
 
+    def fail(self, tensor_name: str) -> None:
+        """Note that the values of a tensor allow no merge."""
+        self._note({"failed": tensor_name})
+
     def apply(self, line: Mapping[str, Any]) -> None:
         """Take over what a line says; KeyError or TypeError: it is none of this journal's."""
         if "finished" in line:
@@ -101,6 +107,8 @@ class Journal:
             self.deleted[line["deleted"]] = line["after"]
         elif "prepared" in line:
             self.is_prepared = line["prepared"]
+        elif "failed" in line:
+            self.failed_tensor = line["failed"]
         else:
             self.is_complete = line["complete"]
 

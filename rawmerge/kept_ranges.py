@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
-from rawmerge.merge_plan import KeepTensor, Step
+from rawmerge.merge_plan import KeepTensor, ReplaceTensor, Step
 from rawmerge.tensor_source import TensorSource
+
+#: A range is cut into jobs of this size, so that progress moves and threads share the work.
+JOB_BYTES: Final = 8 * 2**20
 
 
 @dataclass(slots=True)
@@ -45,7 +49,12 @@ class KeptRange:
         return step.source.path == last.path and step.source.offset == last.offset + last.byte_count
 
 
-def kept_ranges(steps: Iterable[Step], is_copied: Callable[[Step], bool]) -> Iterator[KeptRange | Step]:
+def is_copied(step: Step) -> bool:
+    """Whether a step's bytes go to the output as they are."""
+    return isinstance(step, KeepTensor) or (isinstance(step, ReplaceTensor) and step.source.dtype == step.entry.dtype)
+
+
+def kept_ranges(steps: Iterable[Step]) -> Iterator[KeptRange | Step]:
     """Yield the steps in order, copied ones joined where their bytes lie side by side."""
     kept = KeptRange()
     for step in steps:

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from heapq import nlargest
 from math import prod
 from typing import Final
 
+from rawmerge.anonymous_memory import LARGE_FROM, large_pages
 from rawmerge.dtypes import DTYPES
 from rawmerge.factor_parts import PART_BYTES, right_layout, tile_height
+from rawmerge.kept_ranges import JOB_BYTES, KeptRange, kept_ranges
 from rawmerge.large_factors import left_role
-from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor, matrix_of
+from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, Update, UpdateTensor, matrix_of
 from rawmerge.methods.interface import COLUMNS, ROWS, WHOLE
 from rawmerge.native.pair_kernel import FactorLayout
 from rawmerge.plain_pairs import PlainPair
+from rawmerge.shard_writer import BUFFER_BYTES
 from rawmerge.shared_tensors import count_uses
 from rawmerge.step_paths import StepPaths
 from rawmerge.tensor_source import SCAN_BYTES, TensorSource
@@ -32,14 +34,16 @@ PYTHON_BYTES: Final = 32 * 10**6
 CHANGED_BYTES: Final = 5500
 KEPT_BYTES: Final = 1200
 #: What importing torch 2.13 for the CPU adds, with its libraries' own buffers once they have multiplied.
-TORCH_BYTES: Final = 217 * 10**6
+TORCH_BYTES: Final = 219 * 10**6
 #: What each thread takes on the torch path beside its tiles: libraries' own buffers and the allocator's pools. Measured
-#: with 1, 2, 3 and 8 threads: up to 2.3 MB for each beyond the first two.
+#: with 1 to 64 threads: up to 2.3 MB for each beyond the first.
 THREAD_BYTES: Final = 2_300_000
 #: What torch's libraries for decompositions and Fourier transforms take on top when they are first called.
 LIBRARY_BYTES: Final = 30 * 10**6
-#: Each thread's buffer for what is copied.
-_COPY_BYTES: Final = 2**20
+#: What a thread takes that copies: its buffer, and as much of the source mapped while the system writes from it.
+_COPY_BYTES: Final = 2 * BUFFER_BYTES
+#: Elements of a tile that are compared with the base at a time.
+_COMPARED_ELEMENTS: Final = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,23 @@ class MemoryForecast:
         return self.python + self.torch + self.buffers + self.updates + self.shared
 
 
+class _Buffers:
+    """What tiles take; a thread keeps the memory of the largest that it meets, and one without a tile takes none."""
+
+    def __init__(self, tiles: Iterable[tuple[int, int]]) -> None:
+        """Take (bytes of a tile, how many there are) of each tensor."""
+        self._tiles = sorted(tiles, reverse=True)
+        self.count = sum(count for _, count in self._tiles)
+
+    def most(self, threads: int) -> int:
+        """Return what so many threads take at most."""
+        total = 0
+        for size, count in self._tiles:
+            total += size * min(count, threads)
+            threads -= min(count, threads)
+        return total
+
+
 class MemoryForecaster:
     """What one plan takes, for any number of threads and any size of tiles."""
 
@@ -107,7 +128,9 @@ class MemoryForecaster:
         self._demands = [self._demand(step, paths) for step in changed]
         self._python = PYTHON_BYTES + CHANGED_BYTES * len(changed) + KEPT_BYTES * (len(steps) - len(changed))
         self._aside = _aside_bytes(plan, changed)
-        self._copies = _COPY_BYTES if len(changed) < len(steps) else 0
+        self._copy_jobs = sum(map(_copy_jobs, plan.shards))
+        self._largest = sorted(self._demands, key=lambda demand: -demand.held)
+        self._tiles: dict[int, tuple[_Buffers, _Buffers]] = {}
         self._shared = _shared_bytes(self._demands, count_uses(plan.shards))
         trials = (_trial_bytes(at.pair) for at in self._demands if at.pair and at.needs_torch)
         self._trial = max(trials, default=0)  # they are made one after the other
@@ -128,17 +151,15 @@ class MemoryForecaster:
             tile_elements: elements of a tile.
             shared_bytes: what is kept at most of adapter tensors that several steps read; None for all.
         """
-        buffers = [self._buffer_bytes(demand, tile_elements) for demand in self._demands]
-        by_torch = [size for size, demand in zip(buffers, self._demands, strict=True) if demand.pair is None]
-        others = [size for size, demand in zip(buffers, self._demands, strict=True) if demand.pair is not None]
-        tiles = max(by_torch, default=0) + max(others, default=0)
-        pools = THREAD_BYTES * max(0, threads - 2)
+        by_torch, others = self._buffers(tile_elements)
+        tiles = by_torch.most(threads) + others.most(threads) + _COPY_BYTES * min(threads, self._copy_jobs)
+        pools = THREAD_BYTES * max(0, min(threads, by_torch.count) - 1)
         libraries = LIBRARY_BYTES if any(reach == WHOLE for _, reach, _ in self._whole) else 0
-        held = nlargest(threads, self._demands, key=lambda demand: demand.held)
+        held = self._largest[:threads]
         return MemoryForecast(
             python=self._python,
             torch=TORCH_BYTES if self.needs_torch else 0,
-            buffers=threads * (tiles + self._copies) + self._aside + (pools if by_torch else 0),
+            buffers=tiles + pools + self._aside,
             updates=sum(demand.held for demand in held) + libraries + self._trial,
             shared=self._shared if shared_bytes is None else min(self._shared, shared_bytes),
             whole=self._whole,
@@ -158,10 +179,16 @@ class MemoryForecaster:
             return Demand(step.entry.name, right_layout(pair).packed_bytes, not block, step, pair)
         return Demand(step.entry.name, _update_bytes(step, self._is_double), True, step, None)
 
-    def _buffer_bytes(self, demand: Demand, tile_elements: int) -> int:
-        if demand.pair:
-            return _pair_bytes(demand.pair, tile_elements)
-        return _tile_bytes(demand.step, tile_elements, self._is_double)
+    def _buffers(self, tile_elements: int) -> tuple[_Buffers, _Buffers]:
+        """Return what tiles of this size take on the torch path and on the kernel's; of each a thread keeps one."""
+        if tile_elements not in self._tiles:
+            pairs = [demand.pair for demand in self._demands if demand.pair]
+            steps = [demand.step for demand in self._demands if not demand.pair]
+            self._tiles[tile_elements] = (
+                _Buffers(_tile_bytes(step, tile_elements, self._is_double) for step in steps),
+                _Buffers(_pair_bytes(pair, tile_elements) for pair in pairs),
+            )
+        return self._tiles[tile_elements]
 
 
 def forecast_memory(plan: MergePlan, threads: int, paths: StepPaths | None = None) -> MemoryForecast:
@@ -185,7 +212,13 @@ def _aside_bytes(plan: MergePlan, steps: Iterable[UpdateTensor | ReplaceTensor])
     """Return what reading the adapter for checksums takes, of its file and of each tensor, and copying side files."""
     sizes = [source.byte_count for step in steps for source in _adapter_sources(step)]
     file = max((file.byte_count for file in plan.adapter_files), default=0)
-    return min(SCAN_BYTES, file) + min(SCAN_BYTES, max(sizes, default=0)) + _COPY_BYTES
+    return min(SCAN_BYTES, file) + min(SCAN_BYTES, max(sizes, default=0)) + BUFFER_BYTES
+
+
+def _copy_jobs(shard: ShardPlan) -> int:
+    """Return how many jobs copy what is kept."""
+    kept = (item.byte_count for item in kept_ranges(shard.steps) if isinstance(item, KeptRange))
+    return sum(-(-count // JOB_BYTES) for count in kept)
 
 
 def _adapter_sources(step: UpdateTensor | ReplaceTensor) -> Iterator[TensorSource]:
@@ -211,15 +244,24 @@ def _update_bytes(step: UpdateTensor | ReplaceTensor, is_double: bool) -> int:
     return total
 
 
-def _pair_bytes(pair: PlainPair, tile_elements: int) -> int:
-    """Return what one thread holds in the kernel's path: a tile as stored and as written, and its left factor."""
+def _pair_bytes(pair: PlainPair, tile_elements: int) -> tuple[int, int]:
+    """Return what one thread holds in the kernel's path, and of how many tiles.
+
+    That is a tile as stored and as written, and its left factor.
+    """
     recipe = pair.recipe
     rows = min(recipe.rows, tile_height(recipe, tile_elements))
-    stored, result = (DTYPES[code].byte_count(rows * recipe.columns) for code in (recipe.stored, recipe.result))
+    stored, result = (_buffer_bytes(code, rows * recipe.columns) for code in (recipe.stored, recipe.result))
     left = FactorLayout(rows, recipe.rank, is_double=recipe.is_double).packed_bytes
     left_part = DTYPES[pair.left.source.dtype].byte_count(rows * recipe.rank)
     part = max(left_part, min(PART_BYTES, pair.right.source.byte_count))
-    return stored + (result if result != stored else 0) + left + part
+    total = stored + (result if result != stored else 0) + left + part
+    return total, -(-recipe.rows // max(1, rows))
+
+
+def _buffer_bytes(code: str, elements: int) -> int:
+    count = DTYPES[code].byte_count(elements)
+    return large_pages(count) if count >= LARGE_FROM else count
 
 
 def _trial_bytes(pair: PlainPair) -> int:
@@ -228,15 +270,29 @@ def _trial_bytes(pair: PlainPair) -> int:
     return 2 * right_layout(pair).packed_bytes + 4 * block
 
 
-def _tile_bytes(step: UpdateTensor | ReplaceTensor, tile_elements: int, is_double: bool) -> int:
-    """Return what one thread holds on the torch path: a tile as stored and as written, a block and its delta."""
+def _tile_bytes(step: UpdateTensor | ReplaceTensor, tile_elements: int, is_double: bool) -> tuple[int, int]:
+    """Return what one thread holds on the torch path, and of how many tiles.
+
+    That is a tile as stored and as written, a block and its delta.
+    """
     matrix = matrix_of(step)
-    elements = max((count for _, count in matrix.tiles(tile_elements)), default=0) * matrix.columns
+    heights = [count for _, count in matrix.tiles(tile_elements)]
+    elements = max(heights, default=0) * matrix.columns
     stored = DTYPES[step.source.dtype].byte_count(elements) + DTYPES[step.entry.dtype].byte_count(elements)
     block = min(elements, _block_elements(matrix.columns))
     is_double = is_double or "F64" in (step.source.dtype, step.entry.dtype)
     # float64 is rounded by way of float32, of which the ties are looked for
-    return stored + (28 if is_double else 8) * block
+    return stored + (28 if is_double else 8) * block + _other_dtype_bytes(step, elements, is_double), len(heights)
+
+
+def _other_dtype_bytes(step: UpdateTensor | ReplaceTensor, elements: int, is_double: bool) -> int:
+    """Return what comparing with the base takes where that has another dtype, and what the allocator keeps for it.
+
+    Measured with 1 to 32 threads; where no dtype changes, it is within what each thread is given anyway.
+    """
+    widened = DTYPES[step.entry.dtype].byte_count(elements) - DTYPES[step.source.dtype].byte_count(elements)
+    is_other = is_double or step.entry.dtype != step.source.dtype
+    return max(0, widened) + (56 if is_double else 16) * _COMPARED_ELEMENTS * is_other
 
 
 def _block_elements(columns: int) -> int:

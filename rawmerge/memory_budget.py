@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import MemoryLimitError, Problem
 from rawmerge.memory import MemoryForecast, MemoryForecaster
 from rawmerge.memory_limit import MemoryLimit, address_space_limit, data_limit, group_limit
@@ -125,15 +126,34 @@ def _window(limit: MemoryLimit, peak: int) -> int:
 
 
 def _refusal(least: MemoryForecast, limit: MemoryLimit) -> Problem:
+    """Return what one thread with the lowest tiles needs; parts are rounded up, so that a limit of the sum is kept."""
     name, held = least.largest
-    most = f"{least.python + least.torch} for Python{' and torch' if least.torch else ''}, {held} for this tensor"
-    hint = "give it more, or take a machine that has more"
+    parts = {
+        "Python and the plan": least.python,
+        "torch": least.torch,
+        "buffers": least.buffers,
+        "this tensor": held,
+        "libraries and trials": least.updates - held,
+    }
+    tenths = {what: -(-count // 10**5) for what, count in parts.items() if count}
+    needed = f"{sum(tenths.values()) / 10:.1f} MB"
+    found = f"{needed} needed: " + ", ".join(f"{count / 10:.1f} MB for {what}" for what, count in tenths.items())
+    expected = f"to merge in {format_bytes(limit.byte_count)} of memory ({limit.origin})"
+    return Problem(name, expected, found, _hint(least, limit, needed))
+
+
+def _hint(least: MemoryForecast, limit: MemoryLimit, needed: str) -> str:
+    least_possible = "that is for one thread already"
     if least.torch and least.is_first:
-        hint = "only the first merge of such shapes needs torch, to learn how it sums; run one without the limit"
-    elif limit.origin != "--max-memory":
-        hint = "raise that limit; --max-memory says how much to take all the same"
-    expected = f"to merge in {limit.byte_count} bytes of memory ({limit.origin})"
-    return Problem(name, expected, f"{least.peak} bytes needed: {most}", hint)
+        return (
+            "only the first merge of such shapes needs torch, to learn how it sums; run one without the limit, or with "
+            f"{needed}"
+        )
+    if limit.origin == "--max-memory":
+        return f"give it --max-memory {needed.replace(' ', '')} or more; {least_possible}"
+    if limit.origin.startswith("RLIMIT"):
+        return f"raise that limit to {needed} or more; {least_possible}"
+    return f"raise that limit to {needed} or more; --max-memory says how much to take all the same"
 
 
 def _check_address_space(forecaster: MemoryForecaster) -> None:
@@ -143,9 +163,9 @@ def _check_address_space(forecaster: MemoryForecaster) -> None:
         return
     least = forecaster.forecast(1, BLOCK_ELEMENTS, 0).peak + _library_bytes()
     if space < least:
-        expected = f"at least {least} bytes of address space, which importing torch takes up"
+        expected = f"at least {format_bytes(least)} of address space, which importing torch takes up"
         hint = "ulimit -v unlimited; --max-memory bounds the memory itself"
-        raise MemoryLimitError(Problem("RLIMIT_AS (ulimit -v)", expected, f"{space}", hint))
+        raise MemoryLimitError(Problem("RLIMIT_AS (ulimit -v)", expected, format_bytes(space), hint))
 
 
 def _library_bytes() -> int:

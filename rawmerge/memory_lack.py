@@ -16,7 +16,8 @@ def ran_out(error: RuntimeError) -> bool:
 def lack_text(error: BaseException) -> str:
     """Return a message for an error that comes of a lack of memory, or of a library that could not be loaded."""
     what = "a library" if isinstance(error, ImportError) else "more memory"
+    state = ", ".join(getattr(error, "__notes__", ())) or "nothing was published"
     return (
-        f"expected {what}, found {str(error) or 'none left'}; nothing was published\n"
+        f"expected {what}, found {str(error) or 'none left'}; {state}\n"
         "    hint: ulimit -v and -d may be too low; --threads 1 and --max-memory make a merge smaller"
     )

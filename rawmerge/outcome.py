@@ -19,6 +19,7 @@ class Written:
         unchanged: updated tensors of which no element changed.
         linked: shards that are links to the base's; reused: those taken from the replaced output; consumed: base
             shards that were deleted.
+        spared_bytes: of shards that this run did not write: links, reused, or finished by an earlier run.
         notes: what a user may want to know.
     """
 
@@ -26,6 +27,7 @@ class Written:
     linked: int = 0
     reused: int = 0
     consumed: int = 0
+    spared_bytes: int = 0
     notes: tuple[str, ...] = ()
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
 
-from rawmerge.anonymous_memory import PAGE_BYTES, anonymous_memory, large_memory
+from rawmerge.anonymous_memory import LARGE_FROM, PAGE_BYTES, anonymous_memory, large_memory
 from rawmerge.dtypes import DTYPES
 from rawmerge.factor_parts import left_rows, right_factor, tile_height
 from rawmerge.native.pair_kernel import PairKernel
 from rawmerge.plain_pairs import PlainPair
 from rawmerge.tensor_source import OpenFiles
-
-#: Buffers from this size on are in large pages.
-_LARGE_FROM: Final = 2**20
 
 #: What the other path makes of the same rows of the same tensor.
 Careful = Callable[[int, int], memoryview]
@@ -30,7 +26,7 @@ class PairScratch:
         """Return uninitialised memory `phase` bytes behind a page's beginning, the same at every call with a slot."""
         if len(self._buffers[slot]) < phase + byte_count:
             self._buffers[slot] = memoryview(b"")  # the smaller one goes first
-            make = large_memory if byte_count >= _LARGE_FROM else anonymous_memory
+            make = large_memory if byte_count >= LARGE_FROM else anonymous_memory
             self._buffers[slot] = make(PAGE_BYTES + byte_count)
         return self._buffers[slot][phase : phase + byte_count]
 

@@ -37,7 +37,13 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
         staging.publish(request.policy)
         unchanged = [name for shard in plan.shards for name in updated_names(shard) if name not in changed]
         remember_output(request, origins, staged, set(unchanged))
-    return Written(tuple(unchanged), len(origins.links), len(origins.reused), notes=tuple(origins.notes))
+    return Written(
+        tuple(unchanged),
+        linked=len(origins.links),
+        reused=len(origins.reused),
+        spared_bytes=origins.byte_count(plan),
+        notes=tuple(origins.notes),
+    )
 
 
 def _write_files(request: RunRequest, origins: ShardOrigins, staging: StagingDirectory) -> set[str]:

@@ -27,7 +27,7 @@ def record_text(plan: MergePlan, counts: Mapping[str, int], device: str = "cpu")
     record: dict[str, Any] = {
         "format": RECORD_FORMAT,
         "versions": {"rawmerge": __version__, "torch": installed_version("torch")},
-        "options": _options(plan.options, device),
+        "options": _device(plan.options, device) | options_record(plan.options),
         "base": {
             "repo": plan.base_repo,
             "config_sha256": plan.base_config_sha256,
@@ -65,11 +65,14 @@ def file_sha256(file: InputFile) -> str:
     return digest.hexdigest()
 
 
-def _options(options: MergeOptions, device: str) -> dict[str, str | bool]:
+def _device(options: MergeOptions, device: str) -> dict[str, str | bool]:
     kind = device.partition(":")[0]
-    other = {"device": kind} if kind != "cpu" and options.compute_dtype == "float32" else {}
+    return {"device": kind} if kind != "cpu" and options.compute_dtype == "float32" else {}
+
+
+def options_record(options: MergeOptions) -> dict[str, str | bool]:
+    """Return the choices as the record has them."""
     return {
-        **other,
         "compute_dtype": options.compute_dtype,
         "dtype": options.output_dtype or "as stored",
         "vocab": options.vocab or "as stored",

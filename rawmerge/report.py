@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError
 from rawmerge.inspection import Inspection
 from rawmerge.memory import describe_reach
@@ -22,21 +23,6 @@ from rawmerge.run_options import RunOptions
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAX_PROBLEMS: Final = 20
 _MAX_NAMES: Final = 8
-
-
-def format_bytes(count: int) -> str:
-    """Return a size as people read it, in decimal units.
-
-    Example:
-        >>> format_bytes(3_500_000_000)
-        '3.50 GB'
-    """
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if round(size, 2) < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
@@ -75,10 +61,9 @@ def account_lines(uses: Iterable[AdapterUse]) -> list[str]:
 def summary_text(summary: MergeSummary) -> str:
     """Return what a merge did, in lines for people."""
     done = ", ".join(f"{count} {what}" for what, count in summary.counts.items() if count)
-    rate = format_bytes(int(summary.byte_count / max(summary.seconds, 1e-9)))
     shards = {"linked": summary.linked, "reused": summary.reused, "deleted from the base": summary.consumed}
     ways = "".join(f", {count} shard{'s'[: count != 1]} {what}" for what, count in shards.items() if count)
-    lines = [f"{done}{ways}; {format_bytes(summary.byte_count)} in {summary.seconds:.1f} s ({rate}/s)"]
+    lines = [f"{done}{ways}; {_speed_text(summary)}"]
     if peaks := [
         f"{format_bytes(count)} {what}"
         for count, what in ((summary.measured_peak_bytes, "at the peak"), (summary.predicted_peak_bytes, "predicted"))
@@ -91,6 +76,15 @@ def summary_text(summary: MergeSummary) -> str:
             f"({_names(summary.unchanged)}); --dtype float32 keeps it"
         )
     return "\n".join(map(_printable, lines))
+
+
+def _speed_text(summary: MergeSummary) -> str:
+    """Return what was written how fast; what was there already counts for nothing."""
+    rate = format_bytes(int(summary.written_bytes / max(summary.seconds, 1e-9)))
+    written, total = format_bytes(summary.written_bytes), format_bytes(summary.byte_count)
+    if summary.written_bytes == summary.byte_count:
+        return f"{total} in {summary.seconds:.1f} s ({rate}/s)"
+    return f"{written} of {total} written, the rest was there, in {summary.seconds:.1f} s ({rate}/s)"
 
 
 def inspection_text(inspection: Inspection) -> str:
@@ -137,16 +131,14 @@ def inspection_json(inspection: Inspection) -> str:
 
 
 def error_json(error: RawmergeError) -> str:
-    """Return an error as one JSON object: class, exit code, text, and each problem's fields."""
+    """Return an error as one JSON object, of the same keys for all: class, exit code, text, notes, problems' fields."""
     document: dict[str, Any] = {
         "error": type(error).__name__,
         "exit_code": error.exit_code,
         "message": str(error),
+        "notes": list(getattr(error, "__notes__", ())),
+        "problems": [dataclasses.asdict(problem) for problem in error.problems],
     }
-    if notes := getattr(error, "__notes__", ()):
-        document["notes"] = list(notes)
-    if isinstance(error, RefusedError):
-        document["problems"] = [dataclasses.asdict(problem) for problem in error.problems]
     return json.dumps(document)
 
 

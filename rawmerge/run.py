@@ -42,12 +42,14 @@ class MergeSummary:
         counts: tensors by what became of them: `kept`, `updated`, `cast`, `replaced`, `added`.
         unchanged: updated tensors of which no element changed: the delta is smaller than the rounding.
         byte_count: bytes of the output.
+        written_bytes: of it, those that this run wrote: all but the shards that it linked, reused, or found finished.
         seconds: wall time of the run.
         notes: what a user may want to know, the plan's notes first.
         linked: shards that are links to the base's (`link`).
         reused: shards taken from the output that was replaced, made by an earlier merge from the same inputs.
         consumed: base shards that were deleted (`consume_base`).
-        predicted_peak_bytes: the process's peak resident memory as it was predicted; None where a device computes.
+        predicted_peak_bytes: the process's peak resident memory as it was predicted for the whole merge; None where a
+            device computes, and where this run did not do the whole merge.
         measured_peak_bytes: that memory as the system counted it; None where it does not, or where the process had
             been larger before the merge. Two summaries that differ in it alone are equal.
     """
@@ -56,6 +58,7 @@ class MergeSummary:
     counts: dict[str, int]
     unchanged: tuple[str, ...]
     byte_count: int
+    written_bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
     linked: int = 0
@@ -106,12 +109,13 @@ def run_plan(
         counts=count_steps(plan),
         unchanged=written.unchanged,
         byte_count=plan.byte_count,
+        written_bytes=plan.byte_count - written.spared_bytes,
         seconds=time.perf_counter() - started,
         notes=(*plan.notes, *written.notes, *(device.notes if device else ())),
         linked=written.linked,
         reused=written.reused,
         consumed=written.consumed,
-        predicted_peak_bytes=None if device else forecast.peak,
+        predicted_peak_bytes=None if device or written.spared_bytes else forecast.peak,
         measured_peak_bytes=meter.work_peak(),
     )
 

@@ -67,7 +67,8 @@ class RunOptions:
         for name in ("threads", "max_memory"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+                unit = " of bytes" if name == "max_memory" else ""
+                raise ValueError(f"{name} must be a positive whole number{unit}, not {value!r}")
         if isinstance(self.without, str):
             raise ValueError(f"without must be a collection of names, not the text {self.without!r}")  # noqa: TRY004
         if unknown := sorted(set(self.without) - set(MECHANISMS)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from rawmerge.anonymous_memory import PAGE_BYTES, large_memory
+from rawmerge.anonymous_memory import PAGE_BYTES, anonymous_memory, large_memory
 from rawmerge.formats.shard_header import encode_header
 from rawmerge.page_edges import PageEdges, cut_at_pages
 from rawmerge.tensor_source import CHUNK_BYTES, OpenFiles
@@ -31,7 +31,9 @@ _FICLONE: Final = 0x40049409
 #: Edges of ranges that are kept in memory at most: 1 MiB of pages.
 _MOST_EDGES: Final = 256
 #: What is read and written at a time where bytes are only copied: one large page.
-_COPY_BYTES: Final = 2 * 2**20
+BUFFER_BYTES: Final = 2 * 2**20
+#: Below it, what is left of a range must not take a large page.
+_LITTLE_BYTES: Final = 2**16
 _LOCAL: Final = threading.local()
 
 
@@ -111,7 +113,7 @@ class OutputFile:
         """
         copied, step = 0, 1
         while step and copied < byte_count:
-            part = min(_COPY_BYTES, byte_count - copied)
+            part = min(BUFFER_BYTES, byte_count - copied)
             step = self._copy_pages(files, path, source_offset + copied, offset + copied, part)
             copied += step
         for done, place in self._placed_parts(offset + copied, byte_count - copied):
@@ -145,8 +147,8 @@ class OutputFile:
 
     def _placed_parts(self, offset: int, byte_count: int) -> Iterator[tuple[int, memoryview]]:
         """Yield (how far, memory as long as the next part and placed for it), cut at pages of the file."""
-        memory = _copy_buffer()
-        for done, count in cut_at_pages(offset, byte_count, _COPY_BYTES):
+        memory = _copy_buffer() if byte_count >= _LITTLE_BYTES else anonymous_memory(PAGE_BYTES + byte_count)
+        for done, count in cut_at_pages(offset, byte_count, BUFFER_BYTES):
             phase = (offset + done) % PAGE_BYTES
             yield done, memory[phase : phase + count]
 
@@ -246,6 +248,6 @@ class OutputFile:
 def _copy_buffer() -> memoryview:
     """Return the calling thread's buffer."""
     if not hasattr(_LOCAL, "buffer"):
-        _LOCAL.buffer = large_memory(_COPY_BYTES)
+        _LOCAL.buffer = large_memory(BUFFER_BYTES)
     buffer: memoryview = _LOCAL.buffer
     return buffer

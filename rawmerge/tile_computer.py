@@ -18,7 +18,7 @@ from rawmerge.blas_threads import BlasThreads
 from rawmerge.device_tiles import updates_on
 from rawmerge.devices import Device, Lane
 from rawmerge.dtypes import DTYPES
-from rawmerge.errors import MergeError, NonFiniteTensorError, quote
+from rawmerge.errors import NonFiniteTensorError, UnfitValuesError
 from rawmerge.large_factors import left_role
 from rawmerge.merge_plan import ReplaceTensor, Update, UpdateTensor, Window, matrix_of
 from rawmerge.methods import METHODS
@@ -250,7 +250,7 @@ class TensorComputer:
             return METHODS[update.kind].prepare(update.settings, tensors, context)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not mark it public
             found = f"base or adapter values that have none ({error})"
-            raise MergeError(f"{quote(self.step.entry.name)}: expected a decomposition, found {found}") from error
+            raise UnfitValuesError(self.step.entry.name, "a decomposition", found) from error
 
     def _shape_of(self, window: Window | None) -> tuple[int, ...]:
         """Return the shape that an update meets."""

@@ -7,18 +7,18 @@ it is the only copy of that shard's tensors, so nothing removes it but the same 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from rawmerge.errors import OutputError, Problem
+from rawmerge.errors import OutputError, Problem, quote
 from rawmerge.journal import JOURNAL_NAME, Journal, read_journal
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
+from rawmerge.plan_difference import difference, option_differences, plan_differences
 
 SUFFIX: Final = ".rawmerge-unfinished"
 STAGED_NAME: Final = "output"
@@ -65,21 +65,31 @@ class UnfinishedFolder:
             if consumes and os.path.lexists(self.path):
                 self._check_is_own()
             return None
-        if not consumes or journal.beginning.plan != plan:
-            raise OutputError(self.problem(journal))
+        differences = list(plan_differences(journal.beginning.plan, plan))
+        if not consumes:
+            differences.append(difference("--consume-base", "given", "not given"))
+        if differences:
+            raise self.refusal(journal, differences)
         return journal
 
-    def problem(self, journal: Journal) -> Problem:
-        """Return why another merge to the same output is refused, and how to finish this one."""
+    def refusal(self, journal: Journal, differences: Iterable[Problem]) -> OutputError:
+        """Return why another merge to the same output is refused: in what it differs, and what can be done."""
         plan = journal.beginning.plan
         found = f"one of {plan.adapter_root} into {plan.base_root}"
+        expected = "no unfinished merge to this output, or the same command"
+        return OutputError(Problem(str(self.path), expected, found, self._way_out(journal)), *differences)
+
+    def _way_out(self, journal: Journal) -> str:
+        count = len(journal.deleted)
+        if journal.failed_tensor:
+            return (
+                f"it cannot be finished, for {quote(journal.failed_tensor)} would fail again; fetch the base again, "
+                "remove the folder, and merge anew"
+            )
         hint = "run its command again, with --consume-base, to finish it"
         if journal.deleted:
-            count = len(journal.deleted)
-            hint += f"; it holds the only copy of {count} shard{'s'[: count != 1]} deleted from the base"
-        else:
-            hint += ", or remove the folder: the base is still whole"
-        return Problem(str(self.path), "no unfinished merge to this output, or the same command", found, hint)
+            return f"{hint}; it holds the only copy of {count} shard{'s'[: count != 1]} deleted from the base"
+        return f"{hint}, or remove the folder: the base is still whole"
 
     def is_published(self, journal: Journal) -> bool:
         """Whether all that is left to do is to remove the folder."""
@@ -99,7 +109,7 @@ class UnfinishedFolder:
         if self._foreign_names():
             self.clear()  # someone put something there: it stays
             return
-        gone = self.path.with_name(f".rawmerge-{os.getpid()}-{secrets.token_hex(4)}-old")
+        gone = self.path.with_name(f".rawmerge-{os.getpid()}-{os.urandom(4).hex()}-old")
         with suppress(OSError):
             self.path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
@@ -139,13 +149,15 @@ class UnfinishedFolder:
         return names - _OWN_NAMES
 
 
-def unfinished_plan(output: Path, options: MergeOptions, is_of: Callable[[MergePlan], bool]) -> MergePlan | None:
+def unfinished_plan(
+    output: Path, options: MergeOptions, other_inputs: Callable[[MergePlan], Iterable[Problem]]
+) -> MergePlan | None:
     """Return the plan of an unfinished merge to `output`, for the command that began it; None where there is none.
 
     Args:
         output: the directory to make.
         options: the choices of the command.
-        is_of: whether the command names a plan's base and adapter.
+        other_inputs: what the command names as base and adapter that is not a plan's.
 
     Raises:
         OutputError: the unfinished merge is another one's, or its journal cannot be read.
@@ -155,8 +167,8 @@ def unfinished_plan(output: Path, options: MergeOptions, is_of: Callable[[MergeP
     if journal is None:
         return None
     plan = journal.beginning.plan
-    if plan.options != options or not is_of(plan):
-        raise OutputError(folder.problem(journal))
+    if differences := [*option_differences(plan.options, options), *other_inputs(plan)]:
+        raise folder.refusal(journal, differences)
     return plan
 
 

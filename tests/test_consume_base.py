@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 import rawmerge
 from rawmerge.cli import cli
 from rawmerge.consumption import plan_consumption
-from rawmerge.errors import MergeError, NothingChangedError, OutputError
+from rawmerge.errors import MergeError, MissingFileError, NothingChangedError, OutputError
 from rawmerge.merge_plan import KeepTensor, MergePlan, ShardPlan
 from tests.builders import (
     PREFIX,
@@ -88,6 +89,86 @@ def test_progress_counts_up_to_the_whole(layered: Paths, tmp_path: Path) -> None
     assert done[-1] == seen[-1].total_bytes
 
 
+@pytest.mark.parametrize("consumes", [True, False])
+def test_the_command_of_a_finished_merge_is_told_so(layered: Paths, tmp_path: Path, consumes: bool) -> None:
+    rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True, compute_dtype="float64")
+    before = folder_bytes(tmp_path)
+    command = ["merge", *layered, "-o", tmp_path / "out", "--compute-dtype", "float64", "--overwrite"]
+    again = invoke(*command, *(["--consume-base"] if consumes else []))
+    assert again.exit_code == 3
+    assert "this very merge, finished" in again.stderr
+    assert f"of the base in '{layered[0]}', of which 3 shards are gone" in again.stderr
+    assert "nothing is left to do" in again.stderr
+    assert folder_bytes(tmp_path) == before
+
+
+def lose_output_shard(_: Paths, output: Path) -> None:
+    (output / NAMES[0]).unlink()
+
+
+def lose_record(_: Paths, output: Path) -> None:
+    (output / "rawmerge.json").unlink()
+
+
+def spoil_record(_: Paths, output: Path) -> None:
+    record = json.loads((output / "rawmerge.json").read_text())
+    (output / "rawmerge.json").write_text(json.dumps(record | {"adapters": 1, "base": None}))
+
+
+def train_on(paths: Paths, _: Path) -> None:
+    write_adapter(paths[1], {name: tensor + 1 for name, tensor in read_all(paths[1]).items()})
+
+
+def edit_adapter_config(paths: Paths, _: Path) -> None:
+    config = json.loads((paths[1] / "adapter_config.json").read_text())
+    (paths[1] / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+
+
+def edit_base_config(paths: Paths, _: Path) -> None:
+    (paths[0] / "config.json").write_text('{"model_type": "other"}')
+
+
+def lose_base_config(paths: Paths, _: Path) -> None:
+    (paths[0] / "config.json").unlink()
+
+
+def other_index(paths: Paths, _: Path) -> None:
+    index = json.loads((paths[0] / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "model-00001-of-00009.safetensors")
+    (paths[0] / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lose_output_shard,
+        lose_record,
+        spoil_record,
+        train_on,
+        edit_adapter_config,
+        edit_base_config,
+        lose_base_config,
+        other_index,
+    ],
+    ids=lambda it: it.__name__,
+)
+def test_a_merge_is_not_called_finished_without_proof(
+    layered: Paths, tmp_path: Path, change: Callable[[Paths, Path], None]
+) -> None:
+    rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
+    change(layered, tmp_path / "out")
+    with pytest.raises(MissingFileError):
+        rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True, overwrite=True)
+
+
+def test_another_merge_is_not_called_finished(layered: Paths, tmp_path: Path) -> None:
+    rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
+    with pytest.raises(MissingFileError):
+        rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True, overwrite=True, dtype="float32")
+    with pytest.raises(MissingFileError):
+        rawmerge.merge_adapter(*layered, tmp_path / "out2", consume_base=True)
+
+
 def test_a_base_of_one_file_is_consumed(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", [{"q.weight": random_tensor((6, 5))}]) / "model.safetensors"
     adapter = write_adapter(tmp_path / "adapter", lora_pair("q", 6, 5))
@@ -95,6 +176,9 @@ def test_a_base_of_one_file_is_consumed(tmp_path: Path) -> None:
     rawmerge.merge_adapter(base, adapter, tmp_path / "out", consume_base=True)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "plain")
     assert not base.exists()
+    for named in (base, base.parent):
+        with pytest.raises(OutputError, match=r"this very merge, finished.*, of which 1 shard is gone"):
+            rawmerge.merge_adapter(named, adapter, tmp_path / "out", consume_base=True)
 
 
 def test_an_earlier_output_is_replaced(layered: Paths, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,43 @@ def not_consuming(paths: Paths, output: Path) -> None:
 
 def not_consuming_another(paths: Paths, output: Path) -> None:
     rawmerge.run_plan(rawmerge.plan_merge(*layered_merge(paths[0].parent / "other")), output)
+
+
+def test_each_option_and_input_that_differs_is_named_with_before_and_now(layered: Paths, tmp_path: Path) -> None:
+    base, adapter = layered
+    cut_off(layered, tmp_path / "out", dtype="float16")
+    options = {"compute_dtype": "float64", "force": True}
+    with pytest.raises(OutputError) as caught:
+        rawmerge.merge_adapter(base, adapter, tmp_path / "out", consume_base=True, **options)  # type: ignore[arg-type]
+    _, *named = caught.value.problems
+    assert {(at.subject, at.expected.partition(",")[0], at.found) for at in named} == {
+        ("--compute-dtype", "'float32'", "'float64'"),
+        ("--dtype", "'float16'", "none"),
+        ("--force", "not given", "given"),
+    }
+    shutil.copytree(adapter, tmp_path / "adapter-2")
+    other = layered_merge(tmp_path / "other")[0]
+    with pytest.raises(OutputError) as caught:
+        rawmerge.merge_adapter(other, tmp_path / "adapter-2", tmp_path / "out", consume_base=True, dtype="float16")
+    assert [(at.subject, at.found) for at in caught.value.problems[1:]] == [
+        ("BASE", f"'{other}'"),
+        ("ADAPTER", f"'{tmp_path / 'adapter-2'}'"),
+    ]
+    with pytest.raises(OutputError) as caught:
+        rawmerge.merge_adapter(base, adapter, tmp_path / "out", dtype="float16")
+    assert [(at.subject, at.found) for at in caught.value.problems[1:]] == [("--consume-base", "not given")]
+
+
+def test_a_saved_plan_that_differs_is_told_by_its_parts(layered: Paths, tmp_path: Path) -> None:
+    plan = rawmerge.plan_merge(*layered)
+    cut_off(layered, tmp_path / "out")
+    for other, names in (
+        (replace(plan, options=replace(plan.options, tokenizer="adapter"), notes=("x",)), ["--tokenizer"]),
+        (replace(plan, notes=("x",)), ["notes"]),
+    ):
+        with pytest.raises(OutputError) as caught:
+            rawmerge.run_plan(other, tmp_path / "out", consume_base=True)
+        assert [at.subject for at in caught.value.problems[1:]] == names
 
 
 @pytest.mark.parametrize(
@@ -387,10 +425,47 @@ def test_a_result_that_is_not_finite_says_what_is_gone(tmp_path: Path) -> None:
         assert result.exit_code == 4
         assert "'k.weight': expected finite values" in result.stderr
         assert "1 shard is deleted from the base, and merged in" in result.stderr
+        assert "the same command would fail again at the same tensor" in result.stderr
+        assert "fetch the base again, remove that folder, and merge anew" in result.stderr
+        assert "run the same command again" not in result.stderr
     document = json.loads(invoke(*command, "--json").stdout)
-    assert "run the same command again" in document["notes"][0]
+    assert document["problems"][0]["subject"] == "k.weight"
+    assert "fetch the base again" in document["notes"][0]
     with pytest.raises(NonFiniteTensorError):
         rawmerge.merge_adapter(base, adapter, tmp_path / "out", consume_base=True)
+
+
+def test_the_way_out_after_a_result_that_is_not_finite_is_one(tmp_path: Path) -> None:
+    """What the notes advise works: nothing else does, and says so."""
+    weights = [{f"{name}.weight": random_tensor((6, 5), torch.float16)} for name in "qk"]
+    base = write_base(tmp_path / "base", weights)
+    huge = {name: tensor * 1000 for name, tensor in lora_pair("k", 6, 5).items()}
+    adapter = write_adapter(tmp_path / "adapter", lora_pair("q", 6, 5) | huge)
+    with pytest.raises(NonFiniteTensorError):
+        rawmerge.merge_adapter(base, adapter, tmp_path / "out", consume_base=True)
+    refused = invoke("merge", base, adapter, "-o", tmp_path / "out", "--consume-base", "--dtype", "float32")
+    assert refused.exit_code == 3
+    assert "it cannot be finished, for 'k.weight' would fail again; fetch the base again" in refused.stderr
+    assert "run its command again" not in refused.stderr
+    write_base(base, weights)
+    shutil.rmtree(working(tmp_path))
+    assert rawmerge.merge_adapter(base, adapter, tmp_path / "out", dtype="float32").counts["updated"] == 2
+
+
+def test_a_lack_of_memory_does_not_hide_what_is_gone(
+    layered: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: dict[str, bytes]
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rawmerge.output_directory.StagingDirectory.publish", fail)
+        with pytest.raises(MergeError, match=r"3 shards are deleted from the base, and merged in .*: run the same"):
+            rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
+    summary = rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
+    assert folder_bytes(tmp_path / "out") == golden
+    assert summary.written_bytes < summary.byte_count
+    assert summary.predicted_peak_bytes is None
 
 
 def test_the_command_line_goes_on_and_a_dry_run_says_from_where(

@@ -16,7 +16,7 @@ import torch
 import rawmerge
 from rawmerge.memory import forecast_memory
 from rawmerge.native import kernel
-from tests.builders import PREFIX, write_adapter, write_base
+from tests.builders import PREFIX, read_all, write_adapter, write_base
 
 pytestmark = pytest.mark.slow
 MEBIBYTE = 2**20
@@ -160,11 +160,25 @@ def test_a_limit_is_kept_and_the_peak_is_the_predicted_one(tmp_path: Path, path:
     told_peaks(tmp_path, *path)  # the trials
     free = told_peaks(tmp_path, *path)
     for limit in (2 * free.predicted, free.predicted - 2 * MEBIBYTE, free.predicted - 4 * 10**6):
-        limited = told_peaks(tmp_path, "--max-memory", str(limit), *path)
+        limited = told_peaks(tmp_path, "--max-memory", f"{limit}B", *path)
         assert limited.measured < limit
         assert limited.predicted <= limit
         for peaks in (free, limited):
             assert 0.8 * peaks.predicted < peaks.measured < 1.03 * peaks.predicted
+
+
+@both_paths
+@pytest.mark.parametrize("threads", ["1", "8", "64"])
+def test_the_peak_of_many_threads_that_copy_too_is_below_the_predicted_one(
+    tmp_path: Path, path: tuple[str, ...], threads: str
+) -> None:
+    """A thread that copies has a buffer, and as much of the source mapped, beside what its tiles take."""
+    write_layers(tmp_path, layers=12, shard_count=1, rank=16)
+    kept = {f"kept.{number}": torch.ones(2**25, dtype=torch.bfloat16) for number in range(4)}
+    write_base(tmp_path / "base", [read_all(tmp_path / "base") | kept])
+    told_peaks(tmp_path, *path)  # the trials
+    peaks = told_peaks(tmp_path, "--threads", threads, *path)
+    assert 0.45 * peaks.predicted < peaks.measured < peaks.predicted
 
 
 def expert_peak(folder: Path, is_fused: bool, *options: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,10 +16,12 @@ from click.testing import CliRunner
 
 import rawmerge
 from rawmerge import memory_budget, process_peak
+from rawmerge.byte_sizes import format_bytes, parse_bytes
 from rawmerge.cli import cli
 from rawmerge.errors import MemoryLimitError, MergeError
 from rawmerge.factor_parts import PART_BYTES
 from rawmerge.large_factors import HELD_ELEMENTS
+from rawmerge.memory import MemoryForecaster
 from rawmerge.memory_budget import MemoryBudget, choose_budget
 from rawmerge.memory_limit import MemoryLimit
 from rawmerge.native import kernel
@@ -77,9 +80,53 @@ def test_a_limit_that_cannot_be_kept_is_refused_before_anything_is_written(wide:
         result = CliRunner().invoke(cli, [*arguments, *more])
         assert result.exit_code == 3
         assert "net.weight" in result.output
-        assert "20971520 bytes of memory (--max-memory)" in result.output
+        assert "20.97 MB of memory (--max-memory)" in result.output
         assert not output.exists()
     assert {path.name for path in output.parent.iterdir()} == {"base", "adapter"}
+
+
+def needed_bytes(error: MemoryLimitError) -> int:
+    """Return what a refusal says is needed; its parts must add up to it, as they are told."""
+    found = error.problems[0].found
+    needed, *parts = (round(float(number) * 10) for number in re.findall(r"([\d.]+) MB", found))
+    assert needed == sum(parts), found
+    return needed * 10**5
+
+
+def test_a_refused_limit_names_one_that_is_kept(wide: tuple[Path, Path]) -> None:
+    plan = rawmerge.plan_merge(*wide)
+    with pytest.raises(MemoryLimitError) as refused:
+        choose_budget(plan, replace(NO_KERNEL, max_memory=20 * MEBIBYTE))
+    hint = refused.value.problems[0].hint
+    told = re.search(r"give it --max-memory (\S+) or more; that is for one thread already", hint)
+    assert told, hint
+    assert parse_bytes(told[1]) == needed_bytes(refused.value)
+    assert choose_budget(plan, replace(NO_KERNEL, max_memory=parse_bytes(told[1])))[0].threads == 1
+
+
+def test_more_threads_than_tiles_take_no_more(wide: tuple[Path, Path]) -> None:
+    """12 tiles of the lowest kind and a kept tensor: a thread that never gets a job has no buffers."""
+    plan = rawmerge.plan_merge(*wide)
+    many, more = (MemoryForecaster(plan).forecast(threads).peak for threads in (13, 256))
+    assert MemoryForecaster(plan).forecast(2).peak < many == more
+
+
+def test_a_plan_is_told_with_the_memory_that_the_merge_would_take(wide: tuple[Path, Path]) -> None:
+    arguments = ["plan", *map(str, wide), "--without", "kernel"]
+    told = [CliRunner().invoke(cli, [*arguments, "--threads", count]).output for count in ("1", "4")]
+    texts = [next(line for line in text.splitlines() if line.startswith("memory ")) for text in told]
+    assert texts[0] != texts[1]
+    expected = choose_budget(rawmerge.plan_merge(*wide), NO_KERNEL)[1].peak
+    assert format_bytes(expected) in texts[1]
+    for more in ([], ["--json"]):
+        refused = CliRunner().invoke(cli, [*arguments, "--max-memory", "20M", *more])
+        assert (refused.exit_code, "20.97 MB of memory (--max-memory)" in refused.output) == (3, True)
+
+
+@pytest.mark.parametrize("value", ["30M", "30", 30.5, True, 0])
+def test_a_limit_that_is_no_number_of_bytes_is_a_wrong_argument(wide: tuple[Path, Path], value: Any) -> None:
+    with pytest.raises(ValueError, match="max_memory must be a positive whole number of bytes"):
+        rawmerge.merge_adapter(*wide, wide[0].parent / "out", max_memory=value)
 
 
 def test_a_kind_that_needs_the_whole_tensor_says_what_it_takes(tmp_path: Path) -> None:
@@ -92,7 +139,7 @@ def test_a_kind_that_needs_the_whole_tensor_says_what_it_takes(tmp_path: Path) -
     assert working > rows * columns * 4
     with pytest.raises(MemoryLimitError, match=r"'net\.weight'.* for this tensor") as refused:
         choose_budget(plan, RunOptions(max_memory=300 * MEBIBYTE))
-    needed = int(refused.value.problems[0].found.split()[0])
+    needed = needed_bytes(refused.value)
     assert needed > working
     assert choose_budget(plan, RunOptions(max_memory=needed))[1].peak <= needed
 
@@ -128,7 +175,7 @@ def test_no_budget_changes_a_bit(wide: tuple[Path, Path], without: list[str]) ->
     outputs, plan = [], rawmerge.plan_merge(*wide)
     with pytest.raises(MemoryLimitError) as refused:
         choose_budget(plan, replace(NO_KERNEL, max_memory=1))
-    lowest = int(refused.value.problems[0].found.split()[0])
+    lowest = needed_bytes(refused.value)
     least = choose_budget(plan, replace(NO_KERNEL, max_memory=lowest))[0]
     assert (least.threads, least.tile_elements) == (1, BLOCK_ELEMENTS)
     for number, limit in enumerate((None, 2**30, lowest + MEBIBYTE)):
@@ -162,7 +209,7 @@ def test_torch_is_not_imported_where_it_has_no_room(wide: tuple[Path, Path], mon
     from rawmerge.tensor_source import OpenFiles
 
     budget = MemoryBudget(threads=1, limit=50 * 10**6, has_room_for_torch=False)
-    with OpenFiles() as files, pytest.raises(MergeError, match="in 50000000 bytes"):
+    with OpenFiles() as files, pytest.raises(MergeError, match=r"in 50\.00 MB"):
         Computers("float32", StepPaths("float32", RunOptions()), files, budget).load([])
     plan = rawmerge.plan_merge(*wide)
     rawmerge.run_plan(plan, wide[0].parent / "out")  # the trials

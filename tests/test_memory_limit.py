@@ -17,8 +17,8 @@ CPU_MOUNT = "32 23 0:28 / /sys/fs/cgroup/cpu rw,nosuid shared:6 - cgroup cgroup 
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("1", 1),
-        ("4096", 4096),
+        ("1B", 1),
+        ("4096 b", 4096),
         ("512M", 512 * 2**20),
         ("512MiB", 512 * 2**20),
         ("512MB", 512 * 10**6),
@@ -28,16 +28,26 @@ CPU_MOUNT = "32 23 0:28 / /sys/fs/cgroup/cpu rw,nosuid shared:6 - cgroup cgroup 
         ("1.5G", 3 * 2**29),
         ("1T", 2**40),
         ("100B", 100),
-        ("9007199254740993", 2**53 + 1),
+        ("55.3MB", 55_300_000),  # no float is exactly that
+        ("9007199254740993B", 2**53 + 1),
     ],
 )
 def test_sizes_are_read_as_gnu_tools_read_them(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "0", "0.0001", "-1", "1X", "GiB", "1 0", "1e9", "0x10", "1GiBs"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "0B", "0.0001B", "-1", "1X", "GiB", "1 0", "1e9", "0x10", "1GiBs", "\uff15\uff11\uff12M", "5\N{KELVIN SIGN}B"],
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["512", "1.5", "0"])
+def test_a_number_without_a_unit_is_refused_with_what_to_write(text: str) -> None:
+    with pytest.raises(ValueError, match=f"a size with its unit, such as {text}MiB, not '{text}'"):
         parse_bytes(text)
 
 

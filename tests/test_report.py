@@ -13,13 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rawmerge
-from rawmerge.errors import AdapterError, MergeError, MissingFileError, PlanError, Problem
+from rawmerge.byte_sizes import format_bytes
+from rawmerge.errors import (
+    AdapterError,
+    MergeError,
+    MissingFileError,
+    NonFiniteTensorError,
+    NothingChangedError,
+    PlanError,
+    Problem,
+    RawmergeError,
+)
 from rawmerge.inspection import Inspection
 from rawmerge.merge_plan import MergePlan
 from rawmerge.report import (
     error_json,
     error_text,
-    format_bytes,
     inspection_json,
     inspection_text,
     plan_text,
@@ -31,7 +40,9 @@ from rawmerge.side_files import LeftOut, SideFile
 from tests.builders import lora_pair, random_tensor, write_adapter, write_base
 from tests.strategies import SETTINGS
 
-SUMMARY = MergeSummary("out", {"kept": 3, "updated": 2, "cast": 0, "replaced": 0, "added": 0}, (), 4_000_000, 2.0)
+SUMMARY = MergeSummary(
+    "out", {"kept": 3, "updated": 2, "cast": 0, "replaced": 0, "added": 0}, (), 4_000_000, 4_000_000, 2.0
+)
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 HOSTILE = "a\x1b[31m\nb"
 
@@ -148,6 +159,7 @@ def test_a_summary_is_one_json_object() -> None:
         "counts": SUMMARY.counts,
         "unchanged": ["a"],
         "byte_count": 4_000_000,
+        "written_bytes": 4_000_000,
         "seconds": 2.0,
         "notes": [],
         "linked": 0,
@@ -161,6 +173,11 @@ def test_a_summary_is_one_json_object() -> None:
 def test_a_summary_tells_of_shards_that_were_not_made() -> None:
     text = summary_text(replace(SUMMARY, linked=1, reused=3, consumed=2))
     assert ", 1 shard linked, 3 shards reused, 2 shards deleted from the base;" in text
+
+
+def test_bytes_that_were_there_already_make_no_merge_fast() -> None:
+    text = summary_text(replace(SUMMARY, reused=1, written_bytes=3000))
+    assert text.endswith("; 3.00 kB of 4.00 MB written, the rest was there, in 2.0 s (1.50 kB/s)")
 
 
 def test_an_inspection_shows_its_facts_and_a_verdict() -> None:
@@ -238,4 +255,22 @@ def test_another_error_in_json_has_its_class_code_and_text() -> None:
         "error": "MergeError",
         "exit_code": 4,
         "message": "disk full",
+        "notes": [],
+        "problems": [],
     }
+
+
+@pytest.mark.parametrize(
+    "error", [PlanError(*problems(2)), MergeError("full"), NothingChangedError(), NonFiniteTensorError("q", "F16")]
+)
+def test_all_errors_in_json_have_the_same_keys(error: RawmergeError) -> None:
+    error.add_note("3 shards are left")
+    found = json.loads(error_json(error))
+    assert list(found) == ["error", "exit_code", "message", "notes", "problems"]
+    assert found["notes"] == ["3 shards are left"]
+    assert found["problems"] == [asdict(problem) for problem in error.problems]
+
+
+def test_a_tensor_that_is_not_finite_is_told_in_json_field_by_field() -> None:
+    (problem,) = json.loads(error_json(NonFiniteTensorError("q.weight", "F16")))["problems"]
+    assert (problem["subject"], problem["expected"]) == ("q.weight", "finite values in F16")

@@ -74,7 +74,11 @@ def test_a_second_run_takes_all_shards_over(layered: Paths, tmp_path: Path) -> N
         summary = merge_again(layered, tmp_path / "out", progress=seen.append)
         assert (first.reused, summary.reused) == (0, 3)
         assert inodes(tmp_path / "out") == before
-        assert replace(summary, seconds=0, reused=0) == replace(first, seconds=0)
+        small = first.byte_count - sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+        assert (first.written_bytes, summary.written_bytes) == (first.byte_count, small)
+        assert (first.predicted_peak_bytes is None, summary.predicted_peak_bytes) == (False, None)
+        same: dict[str, Any] = {"seconds": 0, "reused": 0, "written_bytes": 0, "predicted_peak_bytes": 0}
+        assert replace(summary, **same) == replace(first, **same)
         assert seen[2].done_bytes == seen[2].total_bytes
     assert {path.stat().st_nlink for path in (tmp_path / "out").iterdir()} == {1}
 

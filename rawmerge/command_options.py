@@ -1,0 +1,102 @@
+"""Options that commands share: their names, their choices, and what is said of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import click
+
+from rawmerge.byte_sizes import parse_bytes
+from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
+from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS
+from rawmerge.run_options import DEVICE_NAMES, MECHANISMS
+
+BASE = click.argument("base")
+ADAPTER = click.argument("adapter")
+
+
+def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.meta["rawmerge.json"] = value
+    return value
+
+
+JSON = click.option("--json", "as_json", is_flag=True, callback=_remember_json, help="Print JSON for programs.")
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(list(OUTPUT_DTYPES)),
+    help="Store all float tensors in this dtype.  [default: each tensor's own]",
+)
+_COMPUTE = click.option(
+    "--compute-dtype",
+    type=click.Choice(COMPUTE_DTYPES),
+    default="float32",
+    show_default=True,
+    help="float32 is bit-equal to PEFT; float64 rounds once, from sums in float64.",
+)
+
+
+_VOCAB = click.option(
+    "--vocab",
+    type=click.Choice([OVERLAY]),
+    help="Write a smaller vocabulary over the first rows of the base's.  [default: refuse it]",
+)
+_TOKENIZER = click.option(
+    "--tokenizer",
+    type=click.Choice(TOKENIZERS),
+    default="base",
+    show_default=True,
+    help="Whose tokenizer and chat template the output gets.",
+)
+_LAYOUT = click.option(
+    "--moe-lora-b-layout",
+    type=click.Choice(LAYOUTS),
+    help="Order of lora_B's columns on fused experts.  [default: the adapter's marker, else rank_major, as PEFT]",
+)
+_FORCE = click.option(
+    "--force", is_flag=True, help="Merge although the base seems to be another one, or holds the adapter already."
+)
+
+
+def plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that decide the output's bytes."""
+    for option in reversed((_DTYPE, _COMPUTE, _VOCAB, _TOKENIZER, _LAYOUT, _FORCE)):
+        command = option(command)
+    return command
+
+
+_DEVICE_HELP = (
+    "Where updates are computed: cpu, cuda, cuda:1 or mps. On others than cpu, float64 gives the same bytes as there, "
+    "float32 nearly so."
+)
+
+
+def _checked_device(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not re.fullmatch(DEVICE_NAMES, value):
+        raise click.BadParameter(f"{value!r} is none of cpu, cuda, cuda:1 (or another number), mps.")
+    return value
+
+
+_MEMORY_HELP = (
+    "Most memory to take, such as 2GiB or 512M; refused where that cannot be.  [default: what the control group has]"
+)
+
+
+def _parsed_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    try:
+        return parse_bytes(value) if value is not None else None
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+
+
+THREADS = click.option(
+    "--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 8]"
+)
+MAX_MEMORY = click.option("--max-memory", callback=_parsed_size, metavar="SIZE", help=_MEMORY_HELP)
+WITHOUT = click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(list(MECHANISMS)),
+    help="Do not use this means of speed; changes no bit.  May be given more than once.",
+)
+DEVICE = click.option("--device", callback=_checked_device, default="cpu", show_default=True, help=_DEVICE_HELP)
