@@ -36,6 +36,11 @@ def large_pages(byte_count: int) -> int:
     return -(-byte_count // _LARGE_BYTES) * _LARGE_BYTES
 
 
+def whole_pages(byte_count: int) -> int:
+    """Return what the pages take that hold so many bytes, wherever in a page they begin."""
+    return -(-(byte_count + PAGE_BYTES - 1) // PAGE_BYTES) * PAGE_BYTES if byte_count else 0
+
+
 def _mapped(byte_count: int) -> mmap.mmap:
     byte_count = max(1, byte_count)
     if not hasattr(mmap, "MAP_PRIVATE"):

@@ -46,10 +46,10 @@ class StepComputer(Protocol):
 
     @property
     def is_placed(self) -> bool:
-        """Whether results lie `phase` bytes behind the beginning of a page of memory."""
+        """Whether results are given as the whole pages of memory that they lie in, `phase` bytes behind the start."""
 
     def compute(self, first_row: int, row_count: int, phase: int = 0) -> memoryview:
-        """Return the finished bytes of a tile; they stay valid until the thread's next tile."""
+        """Return the finished bytes of a tile, or the pages that they lie in, valid until the thread's next tile."""
 
 
 class Computers:

@@ -163,9 +163,12 @@ class Engine:
     ) -> Callable[[], None]:
         def call() -> None:
             result = computer.compute(*rows, target % PAGE_BYTES)
-            write = file.write_placed if computer.is_placed else file.write_at
-            write(target, result)
-            self._start_writing(file, target, len(result))
+            size = rows[1] * computer.row_bytes
+            if computer.is_placed:
+                file.write_placed(target, size, result)
+            else:
+                file.write_at(target, result)
+            self._start_writing(file, target, size)
             self._behind.read_rows(self._files, step.source, rows, step.entry.byte_count // computer.row_bytes)
             if computer.changed:
                 self.changed.add(step.entry.name)

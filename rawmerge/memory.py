@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
-from rawmerge.anonymous_memory import LARGE_FROM, large_pages
+from rawmerge.anonymous_memory import LARGE_FROM, large_pages, whole_pages
 from rawmerge.dtypes import DTYPES
 from rawmerge.factor_parts import PART_BYTES, right_layout, tile_height
 from rawmerge.kept_ranges import JOB_BYTES, KeptRange, kept_ranges
@@ -261,7 +261,7 @@ def _pair_bytes(pair: PlainPair, tile_elements: int) -> tuple[int, int]:
 
 def _buffer_bytes(code: str, elements: int) -> int:
     count = DTYPES[code].byte_count(elements)
-    return large_pages(count) if count >= LARGE_FROM else count
+    return large_pages(whole_pages(count)) if count >= LARGE_FROM else count
 
 
 def _trial_bytes(pair: PlainPair) -> int:

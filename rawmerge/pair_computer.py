@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
-from rawmerge.anonymous_memory import LARGE_FROM, PAGE_BYTES, anonymous_memory, large_memory
+from rawmerge.anonymous_memory import LARGE_FROM, anonymous_memory, large_memory, whole_pages
 from rawmerge.dtypes import DTYPES
 from rawmerge.factor_parts import left_rows, right_factor, tile_height
 from rawmerge.native.pair_kernel import PairKernel
@@ -22,13 +22,18 @@ class PairScratch:
     def __init__(self) -> None:
         self._buffers = dict.fromkeys(("stored", "result", "factor", "left"), memoryview(b""))
 
-    def bytes(self, slot: str, byte_count: int, phase: int = 0) -> memoryview:
-        """Return uninitialised memory `phase` bytes behind a page's beginning, the same at every call with a slot."""
-        if len(self._buffers[slot]) < phase + byte_count:
+    def bytes(self, slot: str, byte_count: int) -> memoryview:
+        """Return uninitialised memory, the same at every call with a slot."""
+        return self.pages(slot, byte_count)[:byte_count]
+
+    def pages(self, slot: str, byte_count: int) -> memoryview:
+        """Return the whole pages of that memory, at least as many as `byte_count` bytes take wherever they begin."""
+        least = whole_pages(byte_count)
+        if len(self._buffers[slot]) < least:
             self._buffers[slot] = memoryview(b"")  # the smaller one goes first
             make = large_memory if byte_count >= LARGE_FROM else anonymous_memory
-            self._buffers[slot] = make(PAGE_BYTES + byte_count)
-        return self._buffers[slot][phase : phase + byte_count]
+            self._buffers[slot] = make(least)
+        return self._buffers[slot]
 
 
 class PairComputer:
@@ -60,14 +65,15 @@ class PairComputer:
     def tiles(self, tile_elements: int) -> Iterator[tuple[int, int]]:
         """Yield (first row, row count); the kernel's bits do not depend on how a matrix is cut."""
         recipe = self._pair.recipe
-        height = tile_height(recipe, tile_elements)
+        most = tile_height(recipe, tile_elements)
+        height = -(-recipe.rows // -(-recipe.rows // most)) if recipe.rows else most  # alike, for even work
         for first in range(0, recipe.rows, height):
             yield first, min(height, recipe.rows - first)
 
     def compute(self, first_row: int, row_count: int, scratch: PairScratch, phase: int = 0) -> memoryview:
-        """Return the merged bytes of some rows; they stay valid until the thread's next tile.
+        """Return whole pages of memory with the merged bytes of some rows, `phase` bytes behind their beginning.
 
-        They lie `phase` bytes behind a page's beginning.
+        They stay valid until the thread's next tile.
 
         Raises:
             NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
@@ -76,11 +82,13 @@ class PairComputer:
         right = self._prepared(scratch)
         recipe, source = self._pair.recipe, self._pair.step.source
         row_bytes = DTYPES[recipe.stored].byte_count(recipe.columns)
-        stored = scratch.bytes("stored", row_count * row_bytes, phase)
+        pages = scratch.pages("stored", row_count * row_bytes)
+        stored = pages[phase:][: row_count * row_bytes]
         self._files.read_into(source.path, source.offset + first_row * row_bytes, stored)
-        result_bytes = row_count * self.row_bytes
-        # in place where it fits, to stay in the processor's cache
-        result = stored if result_bytes == len(stored) else scratch.bytes("result", result_bytes, phase)
+        result = stored  # in place where it fits, to stay in the processor's cache
+        if self.row_bytes != row_bytes:
+            pages = scratch.pages("result", row_count * self.row_bytes)
+            result = pages[phase:][: row_count * self.row_bytes]
         left = left_rows(self._pair, self._files, (first_row, row_count), scratch)
         kernel = PairKernel(recipe, self._block, self._pair.scaling, left, right)
         changed, needs_care = kernel.merge(stored, result, (0, row_count), finds_changes=not self.changed)
@@ -88,7 +96,7 @@ class PairComputer:
             result[:] = self._careful(first_row, row_count)
         else:
             self.changed = self.changed or changed
-        return result
+        return pages
 
     def _prepared(self, scratch: PairScratch) -> memoryview:
         with self._lock:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from threading import Semaphore
 
 from rawmerge.engine import Engine
 from rawmerge.jobs import Progress, ProgressCallback
@@ -63,12 +64,14 @@ class ShardRun:
 
     def _open(self, shards: Sequence[ShardPlan], opened: ExitStack) -> Iterator[tuple[ShardPlan, OutputFile]]:
         uses = self._options.uses
+        turn = write_turns(self._budget.threads) if self._budget and uses("write-turns") else None
         for shard in shards:
             file = OutputFile(
                 self._folder / shard.name,
                 shard.byte_count,
                 preallocates=uses("preallocation"),
                 is_direct=uses("direct-io"),
+                turn=turn,
             )
             yield shard, opened.enter_context(file)
 
@@ -81,6 +84,15 @@ class ShardRun:
         self._signals.let_through()  # the engine ends on what is raised here
         if self._report:
             self._report(progress)
+
+
+def write_turns(threads: int) -> Semaphore:
+    """Return what lets two thirds of the threads wait for the disk at a time.
+
+    A disk that answers several writes at once, as those of virtual machines do, else lets all threads go at once:
+    they compute while it has nothing to do, and then all wait for it.
+    """
+    return Semaphore(-(-2 * threads // 3))
 
 
 def _tensor_bytes(shard: ShardPlan) -> int:

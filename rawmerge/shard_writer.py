@@ -8,14 +8,14 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from rawmerge.anonymous_memory import PAGE_BYTES, anonymous_memory, large_memory
 from rawmerge.formats.shard_header import encode_header
-from rawmerge.page_edges import PageEdges, cut_at_pages
+from rawmerge.page_edges import PageEdges, cut_at_pages, place_in
 from rawmerge.tensor_source import CHUNK_BYTES, OpenFiles
 
 if sys.platform != "win32":
@@ -40,7 +40,15 @@ _LOCAL: Final = threading.local()
 class OutputFile:
     """A new file of known size; `pwrite` from any thread."""
 
-    def __init__(self, path: Path, byte_count: int, *, preallocates: bool = True, is_direct: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        byte_count: int,
+        *,
+        preallocates: bool = True,
+        is_direct: bool = False,
+        turn: AbstractContextManager[object] | None = None,
+    ) -> None:
         """Create the file and reserve its space.
 
         Args:
@@ -49,6 +57,7 @@ class OutputFile:
             preallocates: whether space is taken at once, so that it cannot lack later and writing is faster.
             is_direct: whether whole pages go past the page cache, where the file system can: without it a merge pays
                 for pages of memory that nobody reads, and for their way to the disk.
+            turn: held by a thread while it waits for a direct write.
 
         Raises:
             OSError: it exists, or the disk is too small.
@@ -59,6 +68,7 @@ class OutputFile:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._direct = -1
         self._edges = PageEdges()
+        self._turn = turn or nullcontext()
         try:
             self._byte_count = byte_count
             self._reserve(byte_count, preallocates)
@@ -86,21 +96,25 @@ class OutputFile:
         if self._direct < 0:
             self._write_cached(offset, buffer)
             return
-        for done, place in self._placed_parts(offset, len(buffer)):
-            place[:] = buffer[done : done + len(place)]
-            self.write_placed(offset + done, place)
+        for done, count, pages in self._placed_parts(offset, len(buffer)):
+            place_in(pages, offset + done, count)[:] = buffer[done : done + count]
+            self.write_placed(offset + done, count, pages)
 
-    def write_placed(self, offset: int, buffer: memoryview) -> None:
-        """Do the same with a buffer that lies as far behind a page's beginning as `offset` does."""
-        head = min(-offset % PAGE_BYTES, len(buffer))
-        end = head + (len(buffer) - head) // PAGE_BYTES * PAGE_BYTES
+    def write_placed(self, offset: int, byte_count: int, pages: memoryview) -> None:
+        """Do the same with bytes that lie in pages of memory as they are to lie in pages of the file.
+
+        Args:
+            offset: where they are written.
+            byte_count: how many they are.
+            pages: whole pages; what else is in them is overwritten.
+        """
         if self._direct < 0:
-            self._write_cached(offset, buffer)
+            self._write_cached(offset, place_in(pages, offset, byte_count))
             return
-        self._edges.put(offset, buffer[:head])
-        self._edges.put(offset + end, buffer[end:])
-        if head < end:
-            self._write_direct(offset + head, buffer[head:end])
+        start, end = self._edges.complete(offset, byte_count, pages)
+        if start < end:
+            first = offset // PAGE_BYTES * PAGE_BYTES
+            self._write_direct(start, pages[start - first : end - first])
         if len(self._edges) > _MOST_EDGES:
             self._write_edges()
 
@@ -116,9 +130,10 @@ class OutputFile:
             part = min(BUFFER_BYTES, byte_count - copied)
             step = self._copy_pages(files, path, source_offset + copied, offset + copied, part)
             copied += step
-        for done, place in self._placed_parts(offset + copied, byte_count - copied):
+        for done, count, pages in self._placed_parts(offset + copied, byte_count - copied):
+            place = place_in(pages, offset + copied + done, count)
             files.read_into(path, source_offset + copied + done, place)
-            self.write_placed(offset + copied + done, place)
+            self.write_placed(offset + copied + done, count, pages)
 
     def _copy_pages(self, files: OpenFiles, path: str, source_offset: int, offset: int, byte_count: int) -> int:
         """Write the first part of a range straight from the source's cached pages; return how long it was.
@@ -134,7 +149,7 @@ class OutputFile:
         at = start % mmap.ALLOCATIONGRANULARITY
         try:
             pages = mmap.mmap(files.descriptor(path), at + count, mmap.MAP_SHARED, mmap.PROT_READ, offset=start - at)
-            with pages, memoryview(pages) as view, view[at:] as whole:
+            with pages, memoryview(pages) as view, view[at:] as whole, self._turn:
                 written = os.pwrite(self._direct, whole, offset + head)
         except (OSError, ValueError) as error:  # mapping is not possible, or the file has become shorter: reading tells
             if isinstance(error, OSError) and error.errno not in _NO_MAPPED_WRITE:
@@ -145,17 +160,17 @@ class OutputFile:
         self._edges.put(offset, edge)
         return head + written // PAGE_BYTES * PAGE_BYTES
 
-    def _placed_parts(self, offset: int, byte_count: int) -> Iterator[tuple[int, memoryview]]:
-        """Yield (how far, memory as long as the next part and placed for it), cut at pages of the file."""
-        memory = _copy_buffer() if byte_count >= _LITTLE_BYTES else anonymous_memory(PAGE_BYTES + byte_count)
+    def _placed_parts(self, offset: int, byte_count: int) -> Iterator[tuple[int, int, memoryview]]:
+        """Yield (how far, bytes of the next part, pages of memory for it), cut at pages of the file."""
+        memory = _copy_buffer() if byte_count >= _LITTLE_BYTES else anonymous_memory(byte_count + 2 * PAGE_BYTES)
         for done, count in cut_at_pages(offset, byte_count, BUFFER_BYTES):
-            phase = (offset + done) % PAGE_BYTES
-            yield done, memory[phase : phase + count]
+            yield done, count, memory
 
     def _write_direct(self, offset: int, buffer: memoryview) -> None:
         """Write whole pages past the page cache; what the system leaves goes through it."""
         try:
-            written = os.pwrite(self._direct, buffer, offset)
+            with self._turn:
+                written = os.pwrite(self._direct, buffer, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

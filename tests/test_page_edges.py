@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,7 +18,8 @@ import pytest
 
 from rawmerge.anonymous_memory import PAGE_BYTES
 from rawmerge.errors import InputChangedError
-from rawmerge.page_edges import PageEdges, cut_at_pages
+from rawmerge.page_edges import PageEdges, cut_at_pages, place_in
+from rawmerge.shard_run import write_turns
 from rawmerge.shard_writer import OutputFile
 from rawmerge.tensor_source import OpenFiles
 
@@ -57,9 +60,8 @@ def test_placed_buffers_are_written_without_another_copy(
     content = Random(seed).randbytes(SIZE)
     memory = memoryview(mmap.mmap(-1, SIZE + PAGE_BYTES))
     for start, stop in ranges(seed, SIZE, 3 * PAGE_BYTES):
-        place = memory[start % PAGE_BYTES :][: stop - start]
-        place[:] = content[start:stop]
-        output.write_placed(start, place)
+        place_in(memory, start, stop - start)[:] = content[start:stop]
+        output.write_placed(start, stop - start, memory)
     output.finish()
     assert output.path.read_bytes() == content
 
@@ -187,3 +189,77 @@ def test_parts_begin_with_pages_and_cover_the_range() -> None:
         assert all(0 < part <= most for _, part in parts)
         assert [start for start, _ in parts] == [sum(part for _, part in parts[:n]) for n in range(len(parts))]
         assert all((offset + start) % PAGE_BYTES == 0 for start, _ in parts[1:])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_page_that_two_ranges_share_is_written_once_with_the_later_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    content = memoryview(Random(seed).randbytes(SIZE))
+    cuts = [0, PAGE_BYTES + 1, 2 * PAGE_BYTES + 4095, 3 * PAGE_BYTES + 4095, 5 * PAGE_BYTES - 8, SIZE]
+    parts = list(pairwise(cuts))
+    Random(seed).shuffle(parts)
+    written: list[tuple[int, int]] = []
+    pwrite = os.pwrite
+
+    def recorded(descriptor: int, data: memoryview, at: int) -> int:
+        written.append((at, len(data)))
+        return pwrite(descriptor, data, at)
+
+    with OutputFile(tmp_path / "out", SIZE, is_direct=True) as file:
+        if file._direct < 0:
+            pytest.skip("no direct writes on this file system")
+        monkeypatch.setattr(os, "pwrite", recorded)
+        for start, stop in parts:
+            file.write_at(start, content[start:stop])
+        assert len(written) <= len(parts)
+        file.finish()
+    assert (tmp_path / "out").read_bytes() == content
+    rest = SIZE % PAGE_BYTES
+    assert sum(count for _, count in written) == SIZE  # no byte twice
+    assert written[-1] == (SIZE - rest, rest)
+    assert all(at % PAGE_BYTES == count % PAGE_BYTES == 0 for at, count in written[:-1])
+
+
+def test_ranges_written_at_once_lose_no_part_of_a_page(tmp_path: Path) -> None:
+    content = memoryview(Random(9).randbytes(64 * PAGE_BYTES + 17))
+    with ThreadPoolExecutor(8) as pool:
+        for seed in range(20):
+            with OutputFile(tmp_path / f"{seed}", len(content), is_direct=True) as file:
+                cuts = ranges(seed, len(content), 2 * PAGE_BYTES)
+                list(pool.map(lambda cut, file=file: file.write_at(cut[0], content[cut[0] : cut[1]]), cuts))
+                file.finish()
+            assert (tmp_path / f"{seed}").read_bytes() == content
+
+
+def test_no_more_threads_wait_for_the_disk_than_have_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = memoryview(Random(4).randbytes(64 * PAGE_BYTES))
+    (tmp_path / "source").write_bytes(content)
+    pwrite, lock, waiting, most = os.pwrite, threading.Lock(), [0], [0]
+
+    def counted(descriptor: int, data: memoryview, at: int) -> int:
+        with lock:
+            waiting[0] += 1
+            most[0] = max(most[0], waiting[0])
+        time.sleep(0.002)
+        try:
+            return pwrite(descriptor, data, at)
+        finally:
+            with lock:
+                waiting[0] -= 1
+
+    turn = write_turns(3)
+    with OpenFiles() as files, OutputFile(tmp_path / "out", len(content), is_direct=True, turn=turn) as file:
+        if file._direct < 0:
+            pytest.skip("no direct writes on this file system")
+        monkeypatch.setattr(os, "pwrite", counted)
+        with ThreadPoolExecutor(6) as pool:
+            for start in range(0, len(content), 4 * PAGE_BYTES):
+                part = content[start : start + 4 * PAGE_BYTES]
+                if start % (8 * PAGE_BYTES):
+                    pool.submit(file.write_at, start, part)
+                else:
+                    pool.submit(file.copy_from, files, str(tmp_path / "source"), start, start, len(part))
+        file.finish()
+    assert most == [2]
+    assert (tmp_path / "out").read_bytes() == content
