@@ -55,7 +55,10 @@ def plan_merge(
         RefusedError: with every reason against the merge in `.problems`.
         ValueError: an option is none of its choices.
     """
-    options = _merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
+    return _plan(base, adapter, merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force))
+
+
+def _plan(base: str | os.PathLike[str], adapter: str | os.PathLike[str], options: MergeOptions) -> MergePlan:
     base_source, adapter_source = resolve_base(base), resolve_adapter(adapter)
     repos = {"base_repo": base_source.pinned, "adapter_repo": adapter_source.pinned}
     return make_plan(base_source.path, adapter_source.path, options, **repos)
@@ -65,48 +68,27 @@ def plan_for_output(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    *,
-    compute_dtype: str = "float32",
-    dtype: str | None = None,
-    vocab: str | None = None,
-    tokenizer: str = "base",
-    moe_lora_b_layout: str | None = None,
-    force: bool = False,
+    options: MergeOptions,
 ) -> MergePlan:
     """Return `plan_merge`'s plan, or that of the same merge to `output` where `consume_base` was cut off.
 
     The base of such a merge is gone in part, so it cannot be planned again.
 
     Args:
-        base: see `plan_merge`, as for all others but `output`.
+        base: see `plan_merge`.
         adapter: see `plan_merge`.
         output: directory to make.
-        compute_dtype: see `plan_merge`.
-        dtype: see `plan_merge`.
-        vocab: see `plan_merge`.
-        tokenizer: see `plan_merge`.
-        moe_lora_b_layout: see `plan_merge`.
-        force: see `plan_merge`.
+        options: what decides the output's bytes; see `merge_options`.
 
     Raises:
         RefusedError: with every reason against the merge in `.problems`; an OutputError where another merge to
             `output` is unfinished, or this one has consumed its base and is finished. ValueError: an option is none
             of its choices.
     """
-    options = _merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
     if plan := unfinished_plan(Path(output), options, lambda plan: _other_inputs(plan, base, adapter)):
         return plan
     try:
-        return plan_merge(
-            base,
-            adapter,
-            compute_dtype=compute_dtype,
-            dtype=dtype,
-            vocab=vocab,
-            tokenizer=tokenizer,
-            moe_lora_b_layout=moe_lora_b_layout,
-            force=force,
-        )
+        return _plan(base, adapter, options)
     except MissingFileError as error:
         root = Path(base).expanduser()
         if problem := finished_merge(Path(output), root, resolve_adapter(adapter).path, options):
@@ -114,15 +96,21 @@ def plan_for_output(
         raise
 
 
-def _merge_options(
-    compute_dtype: str, dtype: str | None, vocab: str | None, tokenizer: str, layout: str | None, force: bool
+def merge_options(
+    compute_dtype: str,
+    dtype: str | None,
+    vocab: str | None,
+    tokenizer: str,
+    moe_lora_b_layout: str | None,
+    force: bool,
 ) -> MergeOptions:
+    """Return the arguments of `plan_merge` as a value, in which what is left out is empty."""
     return MergeOptions(
         compute_dtype=compute_dtype,
         output_dtype=dtype or "",
         vocab=vocab or "",
         tokenizer=tokenizer,
-        moe_lora_b_layout=layout or "",
+        moe_lora_b_layout=moe_lora_b_layout or "",
         force=force,
     )
 
@@ -178,17 +166,8 @@ def merge_adapter(
         MergeError: writing failed; nothing was published and nothing is left.
         ValueError: an option is none of its choices.
     """
-    plan = plan_for_output(
-        base,
-        adapter,
-        output,
-        compute_dtype=compute_dtype,
-        dtype=dtype,
-        vocab=vocab,
-        tokenizer=tokenizer,
-        moe_lora_b_layout=moe_lora_b_layout,
-        force=force,
-    )
+    options = merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
+    plan = plan_for_output(base, adapter, output, options)
     return run_plan(plan, Path(output), progress=progress, **choices)
 
 

@@ -110,13 +110,13 @@ def merge(
 
     Prints the directory, or with --json a summary.
     """
-    from rawmerge.api import plan_for_output
+    from rawmerge.api import merge_options, plan_for_output
     from rawmerge.report import left_out_lines, plan_text, summary_json, summary_text
     from rawmerge.run import check_run
 
     choices: RunChoices = {"overwrite": overwrite, "threads": threads, "max_memory": max_memory, "without": without}
     choices |= {"device": device, "link": link, "consume_base": consume_base, "reuse": not no_reuse}
-    plan = plan_for_output(base, adapter, output, **options)
+    plan = plan_for_output(base, adapter, output, merge_options(**options))
     if dry_run:
         for note in check_run(plan, output, **choices):
             _say(f"note: {note}", err=True)

@@ -55,12 +55,10 @@ def _has_options(record: Mapping[str, Any], options: MergeOptions) -> bool:
 
 def _has_adapter(record: Mapping[str, Any], adapter: Adapter) -> bool:
     (merged,) = record["adapters"]
-    digest = hashlib.sha256()
     with adapter.weights.path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     is_config = merged["config_sha256"] == _sha256(adapter.config_text.encode())
-    return is_config and merged_adapters({"adapters": [merged]}) == {digest.hexdigest()}
+    return is_config and merged_adapters({"adapters": [merged]}) == {digest}
 
 
 def _consumed_shards(record: Mapping[str, Any], output: Path, base: Path) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from typing import Final
+from typing import Final, TypeVar
 
 from rawmerge.formats.foreign_adapters import KOHYA, MLX
 from rawmerge.formats.kind_fields import KindFields
@@ -52,30 +52,24 @@ _FOREIGN: Final = {KOHYA: "kohya.KohyaKind", MLX: "mlx.MlxKind"}
 _HOMES: Final = {**_OF_PEFT, **_FOREIGN}
 
 
-class _Kinds(Mapping[str, AdapterKind]):
+_T = TypeVar("_T")
+
+
+class _OnDemand(Mapping[str, _T]):
     """Imports a kind when it is asked for: a merge needs one of them, and all take a tenth of a small merge's start."""
 
-    def __getitem__(self, peft_type: str) -> AdapterKind:
-        return _load(_HOMES[peft_type])
+    def __init__(self, homes: Mapping[str, str], value: Callable[[AdapterKind], _T]) -> None:
+        self._homes = homes
+        self._value = value
+
+    def __getitem__(self, peft_type: str) -> _T:
+        return self._value(_load(self._homes[peft_type]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_HOMES)
+        return iter(self._homes)
 
     def __len__(self) -> int:
-        return len(_HOMES)
-
-
-class _Fields(Mapping[str, KindFields]):
-    """What the configs of PEFT's kinds hold."""
-
-    def __getitem__(self, peft_type: str) -> KindFields:
-        return _load(_OF_PEFT[peft_type]).fields
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_OF_PEFT)
-
-    def __len__(self) -> int:
-        return len(_OF_PEFT)
+        return len(self._homes)
 
 
 class _Methods(Mapping[str, Method]):
@@ -102,8 +96,8 @@ def _load(home: str) -> AdapterKind:
 
 
 #: Every kind that can be merged, by `peft_type`.
-ADAPTER_KINDS: Final[Mapping[str, AdapterKind]] = _Kinds()
+ADAPTER_KINDS: Final[Mapping[str, AdapterKind]] = _OnDemand(_HOMES, lambda kind: kind)
 #: What an `adapter_config.json` may hold, by `peft_type`.
-KIND_FIELDS: Final[Mapping[str, KindFields]] = _Fields()
+KIND_FIELDS: Final[Mapping[str, KindFields]] = _OnDemand(_OF_PEFT, lambda kind: kind.fields)
 #: What plans name to compute with.
 METHODS: Final[Mapping[str, Method]] = _Methods()
