@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from typing import NoReturn
 
 
@@ -12,8 +13,11 @@ def main() -> NoReturn:
     What a start imports stays: the collector would look through it time and again. A merge puts it on again.
     """
     gc.disable()
-    from rawmerge.cli import main as run
-
+    try:
+        from rawmerge.cli import main as run
+    except KeyboardInterrupt:
+        sys.stderr.write("rawmerge: interrupted; nothing was published\n")
+        sys.exit(130)
     run()
 
 

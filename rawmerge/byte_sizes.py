@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"expected a size such as 512MiB, 2GiB or 3GB, not {text!r}")
     number, letter, ending = match.groups()
     if not letter and not ending:
-        raise ValueError(f"expected a size with its unit, such as {number}MiB, not {text!r}")
+        raise ValueError(f"expected a size with its unit, such as 512MiB, not {text!r}")
     unit = 1000 if letter and (ending or "").lower() == "b" else 1024
     whole, _, part = number.partition(".")
     count = int(whole + part) * int(unit ** _POWERS[letter.lower()]) // int(10 ** len(part))

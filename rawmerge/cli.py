@@ -207,10 +207,12 @@ def _progress_bar(total_bytes: int) -> Iterator[Callable[[rawmerge.Progress], No
         return
     from tqdm import tqdm
 
-    # some terminals, such as those that record a session, say that they are 0 columns wide; tqdm then draws nothing
-    columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    width: dict[str, Any] = {"dynamic_ncols": True} if columns else {"ncols": 80}
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False, **width) as bar:
+    # some terminals, such as those that record a session, say that they have no columns or lines: tqdm draws nothing
+    columns, lines = os.get_terminal_size(sys.stderr.fileno())
+    size: dict[str, Any] = (
+        {"dynamic_ncols": True} if columns and lines else {"ncols": columns or 80, "nrows": lines or 24}
+    )
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False, **size) as bar:
 
         def show(progress: rawmerge.Progress) -> None:
             bar.set_description_str(progress.tensor_name[-48:], refresh=False)

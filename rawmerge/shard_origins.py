@@ -72,10 +72,9 @@ def find_origins(request: RunRequest) -> ShardOrigins:
         origins.links = untouched_shards(plan)
         if not origins.links:
             origins.notes.append("nothing was linked: the merge leaves no shard of the base as it is")
-    if options.reuse:
-        with contextlib.suppress(OSError):  # an input that is gone is told of later
-            origins.identities = ShardIdentities(plan, options)
-    if options.overwrite and origins.identities and (made := read_made_shards(request.output)):
+    with contextlib.suppress(OSError):  # an input that is gone is told of later
+        origins.identities = ShardIdentities(plan, options)
+    if options.overwrite and options.reuse and origins.identities and (made := read_made_shards(request.output)):
         found = reusable_shards(request.output, origins.identities.of_all(), made)
         origins.reused = {name: shard for name, shard in found.items() if name not in origins.links}
     return origins

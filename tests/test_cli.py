@@ -192,10 +192,10 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
         process.kill()
 
 
-def run_on_terminal(columns: int, *arguments: object) -> str:
+def run_on_terminal(columns: int, lines: int, *arguments: object) -> str:
     """Run the command line with stderr on a terminal; return what it drew there."""
     controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     command = [sys.executable, "-c", SLOW_MERGE, *map(str, arguments)]
     with subprocess.Popen(command, stderr=terminal, stdout=subprocess.DEVNULL) as process:
         os.close(terminal)
@@ -210,9 +210,9 @@ def run_on_terminal(columns: int, *arguments: object) -> str:
     return drawn.decode()
 
 
-@pytest.mark.parametrize("columns", [120, 0])  # 0: what recorders and some containers say
-def test_a_bar_is_drawn_on_a_terminal_only(tiny: Paths, tmp_path: Path, columns: int) -> None:
-    drawn = run_on_terminal(columns, "merge", *tiny, "--output", tmp_path / "out")
+@pytest.mark.parametrize(("columns", "lines"), [(120, 24), (0, 24), (0, 0)])  # 0: what recorders and containers say
+def test_a_bar_is_drawn_on_a_terminal_only(tiny: Paths, tmp_path: Path, columns: int, lines: int) -> None:
+    drawn = run_on_terminal(columns, lines, "merge", *tiny, "--output", tmp_path / "out")
     assert "%|" in drawn
     assert "q_proj" in drawn
     assert re.search(r"B/s", drawn)

@@ -47,7 +47,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["512", "1.5", "0"])
 def test_a_number_without_a_unit_is_refused_with_what_to_write(text: str) -> None:
-    with pytest.raises(ValueError, match=f"a size with its unit, such as {text}MiB, not '{text}'"):
+    with pytest.raises(ValueError, match=f"a size with its unit, such as 512MiB, not '{text}'"):
         parse_bytes(text)
 
 

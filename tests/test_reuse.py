@@ -100,6 +100,12 @@ def test_the_command_line_tells_and_can_do_without(layered: Paths, tmp_path: Pat
     assert "reused" not in CliRunner().invoke(cli, [*command, "--no-reuse"]).stderr
 
 
+def test_an_output_made_without_reuse_can_be_taken_over_later(layered: Paths, tmp_path: Path) -> None:
+    rawmerge.merge_adapter(*layered, tmp_path / "out", reuse=False)
+    assert rawmerge.merge_adapter(*layered, tmp_path / "out", overwrite=True, reuse=False).reused == 0
+    assert merge_again(layered, tmp_path / "out").reused == 3
+
+
 def test_only_the_shards_of_a_changed_adapter_tensor_are_made_anew(layered: Paths, tmp_path: Path) -> None:
     base, adapter = layered
     rawmerge.merge_adapter(base, adapter, tmp_path / "out")

@@ -148,3 +148,17 @@ def test_several_signals_end_the_command_once(tiny: Paths, tmp_path: Path, ignor
     assert (tmp_path / "out").exists() == (code == 0)
     assert done.stderr.splitlines()[-1].startswith("memory" if code == 0 else "rawmerge: interrupted"), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_signal_while_the_command_is_imported_is_told_without_a_traceback() -> None:
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Sends:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Sends())\n"
+        "from rawmerge.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "rawmerge: interrupted; nothing was published\n"
