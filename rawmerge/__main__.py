@@ -6,6 +6,8 @@ import gc
 import sys
 from typing import NoReturn
 
+from rawmerge.signals import Ended, end_by_signals
+
 
 def main() -> NoReturn:
     """Run the command line, and end the process.
@@ -13,11 +15,12 @@ def main() -> NoReturn:
     What a start imports stays: the collector would look through it time and again. A merge puts it on again.
     """
     gc.disable()
+    end_by_signals()
     try:
         from rawmerge.cli import main as run
-    except KeyboardInterrupt:
+    except Ended as error:
         sys.stderr.write("rawmerge: interrupted; nothing was published\n")
-        sys.exit(130)
+        sys.exit(error.exit_code)
     run()
 
 

@@ -69,6 +69,8 @@ def plan_for_output(
     adapter: str | os.PathLike[str],
     output: str | os.PathLike[str],
     options: MergeOptions,
+    *,
+    consumes: bool,
 ) -> MergePlan:
     """Return `plan_merge`'s plan, or that of the same merge to `output` where `consume_base` was cut off.
 
@@ -79,6 +81,7 @@ def plan_for_output(
         adapter: see `plan_merge`.
         output: directory to make.
         options: what decides the output's bytes; see `merge_options`.
+        consumes: whether the merge is to consume its base, so that a finished one may have.
 
     Raises:
         RefusedError: with every reason against the merge in `.problems`; an OutputError where another merge to
@@ -91,7 +94,7 @@ def plan_for_output(
         return _plan(base, adapter, options)
     except MissingFileError as error:
         root = Path(base).expanduser()
-        if problem := finished_merge(Path(output), root, resolve_adapter(adapter).path, options):
+        if consumes and (problem := finished_merge(Path(output), root, resolve_adapter(adapter).path, options)):
             raise OutputError(problem) from error
         raise
 
@@ -167,7 +170,7 @@ def merge_adapter(
         ValueError: an option is none of its choices.
     """
     options = merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
-    plan = plan_for_output(base, adapter, output, options)
+    plan = plan_for_output(base, adapter, output, options, consumes=choices.get("consume_base", False))
     return run_plan(plan, Path(output), progress=progress, **choices)
 
 

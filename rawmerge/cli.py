@@ -20,7 +20,7 @@ from rawmerge.command_options import ADAPTER, BASE, DEVICE, JSON, MAX_MEMORY, TH
 from rawmerge.errors import RawmergeError
 from rawmerge.output_directory import PUBLISHED_NOTE
 from rawmerge.run_options import RunChoices, RunOptions
-from rawmerge.signals import Ended, end_by_signals
+from rawmerge.signals import Ended
 
 REFUSED = 3
 INTERRUPTED = 130
@@ -28,6 +28,13 @@ INTERRUPTED = 130
 
 class _Commands(click.Group):
     """Turns every error of ours into its text and exit code, whichever command it came from."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Read the command line."""
+        try:
+            return super().make_context(*arguments, **options)
+        except KeyboardInterrupt as error:  # click would make it an error of ours
+            sys.exit(_tell_interruption(error))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -37,10 +44,33 @@ class _Commands(click.Group):
             _tell_error(error, as_json=bool(ctx.meta.get("rawmerge.json")))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as error:
-            told = [*getattr(error, "__notes__", ()), *ctx.meta.get("rawmerge.published", ())]
-            state = ", ".join(told) or "nothing was published"
-            _say(f"rawmerge: interrupted; {state}", err=True)
-            ctx.exit(error.exit_code if isinstance(error, Ended) else INTERRUPTED)
+            ctx.exit(_tell_interruption(error))
+
+
+def _tell_interruption(error: KeyboardInterrupt) -> int:
+    state = ", ".join(getattr(error, "__notes__", ())) or "nothing was published"
+    _say(f"rawmerge: interrupted; {state}", err=True)
+    return error.exit_code if isinstance(error, Ended) else INTERRUPTED
+
+
+@contextmanager
+def _told_if_published(output: Path) -> Iterator[None]:
+    """Let an interruption know that the output is there, whenever it came: another directory has its name then."""
+    before = _identity(output)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not hasattr(error, "__notes__") and _identity(output) not in (before, None):
+            error.add_note(PUBLISHED_NOTE)
+        raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _tell_error(error: RawmergeError, *, as_json: bool) -> None:
@@ -116,7 +146,7 @@ def merge(
 
     choices: RunChoices = {"overwrite": overwrite, "threads": threads, "max_memory": max_memory, "without": without}
     choices |= {"device": device, "link": link, "consume_base": consume_base, "reuse": not no_reuse}
-    plan = plan_for_output(base, adapter, output, merge_options(**options))
+    plan = plan_for_output(base, adapter, output, merge_options(**options), consumes=consume_base)
     if dry_run:
         for note in check_run(plan, output, **choices):
             _say(f"note: {note}", err=True)
@@ -126,13 +156,13 @@ def merge(
         _say(line, err=True)
     gc.freeze()  # what the start made stays
     gc.enable()
-    with _progress_bar(plan.tensor_bytes) as progress:
-        summary = rawmerge.run_plan(plan, output, progress=progress, **choices)
-    click.get_current_context().meta["rawmerge.published"] = [PUBLISHED_NOTE]
-    for note in summary.notes[len(plan.notes) :]:
-        _say(f"note: {note}", err=True)
-    _say(summary_text(summary), err=True)
-    _say(summary_json(summary) if as_json else summary.output)
+    with _told_if_published(output):
+        with _progress_bar(plan.tensor_bytes) as progress:
+            summary = rawmerge.run_plan(plan, output, progress=progress, **choices)
+        for note in summary.notes[len(plan.notes) :]:
+            _say(f"note: {note}", err=True)
+        _say(summary_text(summary), err=True)
+        _say(summary_json(summary) if as_json else summary.output)
 
 
 @cli.command()
@@ -226,7 +256,6 @@ def main() -> NoReturn:
 
     Everything is closed and durable by then; taking torch apart would only cost a tenth of a small merge's time.
     """
-    end_by_signals()
     try:
         cli(prog_name="rawmerge")
     except SystemExit as error:

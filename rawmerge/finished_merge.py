@@ -46,7 +46,12 @@ def _problem(output: Path, base: Path, missing: int) -> Problem:
         f"this very merge, finished: by its {RECORD_NAME} it is made of this adapter, with these options, and of the "
         f"base in {quote(base)}, of which {gone} gone, as --consume-base leaves it"
     )
-    return Problem(str(output), "a merge that is still to be done", found, "nothing is left to do: this is its output")
+    return Problem(
+        str(output),
+        "a merge that is still to be done",
+        found,
+        "nothing is left to do: this is its output; if that base is another one, fetch it whole",
+    )
 
 
 def _has_options(record: Mapping[str, Any], options: MergeOptions) -> bool:

@@ -18,8 +18,9 @@ from rawmerge.jobs import ProgressCallback
 from rawmerge.linking import check_links
 from rawmerge.memory_budget import choose_budget
 from rawmerge.memory_lack import lack_text, ran_out
-from rawmerge.merge_plan import MergePlan
-from rawmerge.outcome import count_steps
+from rawmerge.merge_plan import MergePlan, UpdateTensor
+from rawmerge.methods import METHODS
+from rawmerge.outcome import Written, count_steps
 from rawmerge.output_directory import PUBLISHED_NOTE, check_output, check_space, nearest_folder
 from rawmerge.plain_run import write_output
 from rawmerge.process_peak import start_meter
@@ -100,23 +101,32 @@ def run_plan(
             there = replace(request, device=device, budget=budget, paths=paths)
             written = consume_base(there) if request.options.consume_base else write_output(there, origins)
             request.signals.note = PUBLISHED_NOTE
+            peaks = None if device or written.spared_bytes else forecast.peak, meter.work_peak()
+            notes = (*plan.notes, *written.notes, *(device.notes if device else ()))
+            return _summary(there, written, notes, peaks, time.perf_counter() - started)
     except (OSError, MemoryError, ImportError, RuntimeError) as error:
         if isinstance(error, RawmergeError) or (isinstance(error, RuntimeError) and not ran_out(error)):
             raise
         raise MergeError(_describe(error) if isinstance(error, OSError) else lack_text(error)) from error
+
+
+def _summary(
+    request: RunRequest, written: Written, notes: tuple[str, ...], peaks: tuple[int | None, int | None], seconds: float
+) -> MergeSummary:
+    plan = request.plan
     return MergeSummary(
         output=str(request.output),
         counts=count_steps(plan),
         unchanged=written.unchanged,
         byte_count=plan.byte_count,
         written_bytes=plan.byte_count - written.spared_bytes,
-        seconds=time.perf_counter() - started,
-        notes=(*plan.notes, *written.notes, *(device.notes if device else ())),
+        seconds=seconds,
+        notes=notes,
         linked=written.linked,
         reused=written.reused,
         consumed=written.consumed,
-        predicted_peak_bytes=None if device or written.spared_bytes else forecast.peak,
-        measured_peak_bytes=meter.work_peak(),
+        predicted_peak_bytes=peaks[0],
+        measured_peak_bytes=peaks[1],
     )
 
 
@@ -164,6 +174,7 @@ def check_request(request: RunRequest) -> ShardOrigins:
         RefusedError: with all reasons.
     """
     _check_names(request.plan)
+    _check_methods(request.plan)
     problems = ProblemCollector()
     if not (request.options.consume_base and was_published(request)):
         with problems.absorb():
@@ -204,6 +215,16 @@ def _check_names(plan: MergePlan) -> None:
     twice = (name for name, count in Counter([*shards, *texts, *sides, RECORD_NAME]).items() if count > 1)
     expected = "a file of its own inside the output"
     if problems := [Problem(name, expected, "another path, or the name twice") for name in (*flat, *nested, *twice)]:
+        raise PlanError(*problems)
+
+
+def _check_methods(plan: MergePlan) -> None:
+    """Refuse a plan, which may be of a newer version, whose updates this one cannot compute."""
+    steps = (step for shard in plan.shards for step in shard.steps if isinstance(step, UpdateTensor))
+    kinds = {update.kind: step.entry.name for step in steps for update in step.updates}
+    if problems := [
+        Problem(name, "an update that can be computed", kind) for kind, name in kinds.items() if kind not in METHODS
+    ]:
         raise PlanError(*problems)
 
 

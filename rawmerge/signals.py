@@ -55,6 +55,7 @@ class HeldSignals:
     def __init__(self) -> None:
         self.note = ""
         self._received: list[int] = []
+        self._is_over = False
         self._before: dict[int, _Handler] = {}
 
     def __enter__(self) -> HeldSignals:
@@ -70,14 +71,13 @@ class HeldSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._is_over = True
         if error is not None:
             with suppress(BaseException):  # the block is ending anyway, and its error knows what became of it
-                self.let_through()
+                self._end()
             return
         try:
-            self.let_through()
+            self._end()
         except BaseException as raised:
             if self.note:
                 raised.add_note(self.note)
@@ -86,13 +86,32 @@ class HeldSignals:
     def let_through(self) -> None:
         """Handle now what has come: as it would have been handled before the block, which may raise."""
         while self._received:
-            number = self._received.pop(0)
-            handler = self._before[number]
-            if callable(handler):
-                handler(number, None)
-            else:
-                signal.signal(number, handler)
-                signal.raise_signal(number)
+            self._handle(self._received.pop(0))
+
+    def _handle(self, number: int) -> None:
+        handler = self._before[number]
+        if callable(handler):
+            handler(number, None)
+        else:
+            signal.signal(number, handler)
+            signal.raise_signal(number)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self._received.append(number)
+        if self._is_over:  # its handler is not put back yet
+            self._handle(number)
+        else:
+            self._received.append(number)
+
+    def _end(self) -> None:
+        try:
+            self._put_back(list(self._before.items()))
+        finally:
+            self.let_through()
+
+    def _put_back(self, handlers: list[tuple[int, _Handler]]) -> None:
+        """Put back all handlers, although one that is back already may raise meanwhile."""
+        if handlers:
+            try:
+                signal.signal(*handlers[0])
+            finally:
+                self._put_back(handlers[1:])

@@ -169,7 +169,7 @@ def test_version() -> None:
 SLOW_MERGE = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest aside lets it be ignored
-from rawmerge.cli import main
+from rawmerge.__main__ import main
 from rawmerge.shard_writer import OutputFile
 def slowed(write):
     def slow(*arguments):

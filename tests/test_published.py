@@ -143,6 +143,15 @@ def test_a_plan_that_writes_outside_the_output_is_refused(
     assert not Path("/tmp/rawmerge-evil").exists()
 
 
+def test_a_plan_with_an_update_that_is_not_known_is_refused(tiny: Paths, tmp_path: Path) -> None:
+    text = rawmerge.format_plan(rawmerge.plan_merge(*tiny))
+    changed, count = re.subn(r'("kind": ?)"lora"', r'\1"nope"', text)
+    assert count == 2
+    with pytest.raises(rawmerge.RefusedError, match="an update that can be computed, found nope"):
+        rawmerge.run_plan(rawmerge.parse_plan(changed), tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
+
+
 @pytest.mark.usefixtures("handled_interrupt")
 def test_a_signal_after_publishing_is_told_truthfully(
     tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

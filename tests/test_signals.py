@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -136,7 +137,8 @@ def sent(plan, output, *, progress, **choices):
     at = iter([threading.Thread(target=send).start])
     return run(plan, output, progress=lambda _: [start() for start in at] and time.sleep(0.1), **choices)
 cli.rawmerge.run_plan = sent
-cli.main()
+from rawmerge.__main__ import main
+main()
 """
 
 
@@ -162,3 +164,48 @@ def test_a_signal_while_the_command_is_imported_is_told_without_a_traceback() ->
     done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "rawmerge: interrupted; nothing was published\n"
+
+
+AFTER = """
+import signal, sys
+from rawmerge import cli, {module}
+original = {module}.{name}
+def sent(*arguments):
+    signal.raise_signal(signal.SIGTERM)
+    return original(*arguments)
+{module}.{name} = sent
+from rawmerge.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("consume", [(), ("--consume-base",)])
+@pytest.mark.parametrize(("module", "name"), [("run", "count_steps"), ("report", "summary_text")])
+def test_a_signal_after_publishing_never_says_that_nothing_was(
+    tiny: Paths, tmp_path: Path, module: str, name: str, consume: tuple[str, ...]
+) -> None:
+    code = AFTER.format(module=module, name=name)
+    command = [sys.executable, "-c", code, "merge", *map(str, tiny), "--output", str(tmp_path / "out"), *consume]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 143, done.stderr
+    assert (tmp_path / "out" / "rawmerge.json").exists()
+    assert done.stderr.endswith("rawmerge: interrupted; the output was published before\n")
+
+
+def test_all_handlers_are_put_back_although_one_raises_at_once(recorded: list[int], monkeypatch: Any) -> None:
+    put, before = signal.signal, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    held = HeldSignals()
+
+    def raising(number: int, handler: Any) -> Any:
+        put(number, handler)
+        if number == signal.SIGINT:
+            interrupt()  # its handler is back already, the others' are not
+
+    held.note = "all was done"
+    held.__enter__()
+    monkeypatch.setattr(signal, "signal", raising)
+    with pytest.raises(ToldError) as caught:
+        held.__exit__(None, None, None)
+    assert caught.value.__notes__ == ["all was done"]
+    assert recorded == [signal.SIGINT]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
