@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -75,15 +75,15 @@ def expected_tensor(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Te
 
 
 def checked_modules(shape: CheckpointShape) -> Iterator[str]:
-    """Yield a handful of target modules from the first, the middle and the last layer."""
+    """Yield a handful of linear modules from the first, the middle and the last layer."""
     for layer in sorted({0, shape.layers // 2, shape.layers - 1}):
         for projection in CHECKED_PROJECTIONS:
             yield f"model.layers.{layer}.{projection}"
 
 
-def check_kept(base: Checkpoint, output: Checkpoint) -> None:
+def check_kept(base: Checkpoint, output: Checkpoint, names: Iterable[str]) -> None:
     """Raise unless tensors that the adapter leaves alone have the base's bytes."""
-    for name in KEPT_TENSORS:
+    for name in names:
         if not _same_bytes(base.tensor(name), output.tensor(name)):
             raise WrongResultError(f"{name}: kept tensor differs from the base")
 
@@ -139,11 +139,13 @@ def check_merge(directory: Path, output: Path, recipe: Recipe, compute_dtype: st
         WrongResultError: one of them is wrong.
     """
     merged = Checkpoint(output)
-    check_kept(Checkpoint(directory / "base"), merged)
     modules = list(checked_modules(recipe.shape))
-    for module_path in modules:
+    changed = {path for path, _ in recipe.target_modules()} & set(modules)
+    kept = [*KEPT_TENSORS, *(f"{path}.weight" for path in modules if path not in changed)]
+    check_kept(Checkpoint(directory / "base"), merged, kept)
+    for module_path in sorted(changed):
         check_updated(directory, merged, module_path, compute_dtype, is_exact)
-    return len(KEPT_TENSORS) + len(modules)
+    return len(kept) + len(changed)
 
 
 def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:

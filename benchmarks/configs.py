@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from benchmarks.recipe import Recipe
 from benchmarks.shapes import CheckpointShape
 
 #: Standard deviation of the base's weights, as an untrained Llama has it.
@@ -48,22 +49,22 @@ def tokenizer() -> dict[str, object]:
     }
 
 
-def adapter_config(shape: CheckpointShape, rank: int, alpha: int) -> dict[str, object]:
-    """Return the adapter_config.json of a plain LoRA on all seven linear kinds."""
+def adapter_config(recipe: Recipe) -> dict[str, object]:
+    """Return the adapter_config.json of a plain LoRA."""
     return {
         "alpha_pattern": {},
-        "base_model_name_or_path": f"synthetic/{shape.name}",
+        "base_model_name_or_path": f"synthetic/{recipe.shape.name}",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": alpha,
+        "lora_alpha": recipe.alpha,
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": rank,
+        "r": recipe.rank,
         "rank_pattern": {},
-        "target_modules": sorted(path.rpartition(".")[2] for path in shape.projections()),
+        "target_modules": sorted({path.rpartition(".")[2] for path, _ in recipe.target_modules()}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,

@@ -90,7 +90,7 @@ KIND_CASES: Final[Sequence[KindCase]] = (
     KindCase("RoAD", "RoadConfig", {"group_size": 64}),
     KindCase("SHiRA r=16", "ShiraConfig", {"r": 16}),
     KindCase("Super-Tuning", "SupertuningConfig", {"sparsity": 0.99}),
-    KindCase("TinyLoRA r=2", "TinyLoraConfig", {"r": 2, "u": 16}, spread=0.2, reason=SVD),
+    KindCase("TinyLoRA r=2", "TinyLoraConfig", {"r": 2, "u": 16}, spread=0.2),
     KindCase("Uni-LoRA r=4", "UniLoraConfig", {"r": 4, "save_indices": True}, spread=1.0),
     KindCase("VB-LoRA r=4", "VBLoRAConfig", {"r": 4, "vector_length": 64, "num_vectors": 90}, spread=0.1),
     KindCase("VeRA r=256", "VeraConfig", {"r": 256}, spread=0.1, reason="rank 256, whose factors are drawn anew"),

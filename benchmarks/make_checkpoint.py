@@ -40,7 +40,7 @@ def adapter_tensors(recipe: Recipe) -> Iterator[RandomTensor]:
         lora_A: (rank, in_features)
         lora_B: (out_features, rank)
     """
-    for module_path, (out_features, in_features) in recipe.shape.target_modules():
+    for module_path, (out_features, in_features) in recipe.target_modules():
         prefix = f"base_model.model.{module_path}"
         lora_a_std = 1 / math.sqrt(3 * in_features)
         yield RandomTensor(f"{prefix}.lora_A.weight", "F32", (recipe.rank, in_features), 0.0, lora_a_std)
@@ -92,7 +92,7 @@ def write_base(directory: Path, recipe: Recipe, block: RandomBlock) -> None:
 def write_adapter(directory: Path, recipe: Recipe, block: RandomBlock) -> None:
     """Write the adapter into the new `directory`."""
     directory.mkdir()
-    write_json(directory / "adapter_config.json", adapter_config(recipe.shape, recipe.rank, recipe.alpha))
+    write_json(directory / "adapter_config.json", adapter_config(recipe))
     write_random_shard(directory / "adapter_model.safetensors", list(adapter_tensors(recipe)), block)
 
 
@@ -102,7 +102,8 @@ def has_recipe(directory: Path, recipe: Recipe) -> bool:
     if not path.is_file():
         return False
     # Recipes from before a base had a choice of dtype do not say it.
-    return {"dtype": "bfloat16", **json.loads(path.read_text(encoding="utf-8"))} == asdict(recipe)
+    made_from = json.loads(path.read_text(encoding="utf-8"))
+    return {"dtype": "bfloat16", "targets": [], **made_from} == {**asdict(recipe), "targets": list(recipe.targets)}
 
 
 def make_checkpoint(directory: Path, recipe: Recipe) -> bool:

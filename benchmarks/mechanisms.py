@@ -18,6 +18,8 @@ from rawmerge.run_options import MECHANISMS
 
 COLUMNS: Final = ("", "wall s", "/ cp", "/ rawmerge", "CPU s", "CPU / rawmerge", "peak RSS MB", "what is missing:")
 WITHOUT_ALL: Final = "without all of them"
+#: Mechanisms that act only where another does not, and are measured without both.
+STANDS_IN: Final = {"early-import": "kernel"}
 
 
 def choose_rows(places: Places) -> Iterator[Row]:
@@ -25,7 +27,10 @@ def choose_rows(places: Places) -> Iterator[Row]:
     yield places.copy_row()
     yield places.rawmerge_row()
     for name in MECHANISMS:
-        yield places.rawmerge_row(f"without {name}", "--without", name)
+        if other := STANDS_IN.get(name):
+            yield places.rawmerge_row(f"without {other} and {name}", "--without", other, "--without", name)
+        else:
+            yield places.rawmerge_row(f"without {name}", "--without", name)
     yield places.rawmerge_row(WITHOUT_ALL, *(part for name in MECHANISMS for part in ("--without", name)))
 
 
@@ -42,8 +47,14 @@ def table_rows(results: Results) -> Iterator[Sequence[str]]:
             f"{median.cpu_seconds:.2f}",
             f"{median.cpu_seconds / whole.cpu_seconds:.2f}",
             megabytes(median.peak_rss_bytes),
-            MECHANISMS.get(row_name.removeprefix("without "), ""),
+            _what_is_missing(row_name),
         )
+
+
+def _what_is_missing(row_name: str) -> str:
+    names = row_name.removeprefix("without ").split(" and ")
+    told = MECHANISMS.get(names[-1], "")
+    return f"{told}; beside `without {names[0]}`" if len(names) > 1 else told
 
 
 def as_markdown(results: Results) -> str:

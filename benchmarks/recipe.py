@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +28,7 @@ class Recipe:
         alpha: of the adapter; the scaling is alpha / rank.
         seed: of the random values.
         dtype: of the base's weights; the adapter is float32.
+        targets: last names of the modules that the adapter changes; empty for all linear ones.
         layout_version: of the code that writes the files.
     """
 
@@ -36,12 +38,19 @@ class Recipe:
     alpha: int = 24
     seed: int = 0
     dtype: str = "bfloat16"
+    targets: tuple[str, ...] = ()
     layout_version: int = LAYOUT_VERSION
 
     @property
     def base_bytes(self) -> int:
         """Bytes of all base tensors."""
         return self.shape.element_count * ITEM_BYTES[self.dtype]
+
+    def target_modules(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield every module that the adapter changes, as (module path, (out_features, in_features))."""
+        for path, shape in self.shape.target_modules():
+            if not self.targets or path.rpartition(".")[2] in self.targets:
+                yield path, shape
 
     @property
     def name(self) -> str:
@@ -54,6 +63,7 @@ class Recipe:
             "" if self.seed == usual.seed else f"seed{self.seed}",
             "" if self.shard_count == usual.shard_count else f"{self.shard_count}-shards",
             "" if self.dtype == usual.dtype else self.dtype,
+            *self.targets,
         ]
         return "-".join(part for part in parts if part)
 
@@ -70,6 +80,9 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, help="number of safetensors files (default: the shape's own)")
     parser.add_argument("--dtype", choices=DTYPE_CODES, default="bfloat16", help="of the base (default: bfloat16)")
     parser.add_argument("--seed", type=int, default=0, help="of the random values (default: 0)")
+    names = [path.rpartition(".")[2] for path in SHAPES["tiny"].projections()]
+    help_text = "last name of a module that the adapter changes; may be given more than once (default: all)"
+    parser.add_argument("--target", action="append", choices=names, default=[], dest="targets", help=help_text)
 
 
 def parse_recipe(options: argparse.Namespace) -> Recipe:
@@ -82,4 +95,5 @@ def parse_recipe(options: argparse.Namespace) -> Recipe:
         alpha=options.alpha,
         seed=options.seed,
         dtype=options.dtype,
+        targets=tuple(sorted(options.targets)),
     )

@@ -162,7 +162,9 @@ def merge_adapter(
         force: see `plan_merge`.
         progress: called as bytes are finished; an exception from it cancels the merge and leaves nothing behind, but
             with `consume_base`: then the same call goes on.
-        choices: how the plan is carried out; `RunOptions` tells them: `overwrite`, `threads`, `device` and so on.
+        choices: how the plan is carried out, none of which changes a bit on the CPU: `overwrite: bool`,
+            `threads: int | None`, `max_memory: int | None` in bytes, `device: str` (`cpu`, `cuda`, `cuda:1`, `mps`),
+            `link: bool`, `consume_base: bool`, `reuse: bool`, `without: Collection[str]`; see `RunOptions`.
 
     Raises:
         RefusedError: nothing was written; reasons in `.problems`.

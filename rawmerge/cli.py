@@ -97,7 +97,8 @@ def cli() -> None:
     BASE and ADAPTER are directories, safetensors files, or hub ids (org/name[@revision]).
 
     Exit codes: 0 done, 2 usage, 3 refused and nothing written, 4 failed while writing and nothing published,
-    1 a bug of ours; 5 the demo, which alone verifies its output, found differences.
+    1 a bug of ours; 5 the demo, which alone verifies its output, found differences; 130 and 143 interrupted by Ctrl-C
+    or SIGTERM, and by 128 and their number other signals.
     """
 
 
@@ -141,16 +142,19 @@ def merge(
     Prints the directory, or with --json a summary.
     """
     from rawmerge.api import merge_options, plan_for_output
-    from rawmerge.report import left_out_lines, plan_text, summary_json, summary_text
+    from rawmerge.report import left_out_lines, plan_json, plan_text, summary_json, summary_text
     from rawmerge.run import check_run
 
+    if no_reuse and not overwrite:
+        raise click.UsageError("--no-reuse goes with --overwrite: without an output there is nothing to reuse.")
     choices: RunChoices = {"overwrite": overwrite, "threads": threads, "max_memory": max_memory, "without": without}
     choices |= {"device": device, "link": link, "consume_base": consume_base, "reuse": not no_reuse}
     plan = plan_for_output(base, adapter, output, merge_options(**options), consumes=consume_base)
     if dry_run:
         for note in check_run(plan, output, **choices):
             _say(f"note: {note}", err=True)
-        _say(rawmerge.format_plan(plan) if as_json else plan_text(plan, RunOptions(**choices)))
+        run_options = RunOptions(**choices)
+        _say(plan_json(plan, run_options) if as_json else plan_text(plan, run_options))
         return
     for line in (*(f"note: {note}" for note in plan.notes), *left_out_lines(plan)):
         _say(line, err=True)
@@ -188,13 +192,13 @@ def plan(
     refused, as a merge would. `merge --dry-run` checks the output too.
     """
     from rawmerge.memory_budget import choose_budget
-    from rawmerge.report import plan_text
+    from rawmerge.report import plan_json, plan_text
 
     made = rawmerge.plan_merge(base, adapter, **options)
     choices = RunOptions(threads=threads, max_memory=max_memory, without=without)
     if max_memory is not None:
         choose_budget(made, choices)
-    _say(rawmerge.format_plan(made) if as_json else plan_text(made, choices))
+    _say(plan_json(made, choices) if as_json else plan_text(made, choices))
 
 
 @cli.command()

@@ -18,6 +18,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from rawmerge.byte_sizes import format_bytes
 from rawmerge.consumption import Consumption, plan_consumption
 from rawmerge.consumption_check import check_consumption
 from rawmerge.errors import NothingChangedError, OutputError, ProblemCollector, UnfitValuesError, quote
@@ -102,7 +103,7 @@ def check_consuming(request: RunRequest, folder: Path) -> list[str]:
     return [
         *([f"it goes on from {quote(working.path)}: {_count(len(journal.finished))} finished"] if journal else []),
         *(f"{path} is deleted once {name} is written" for path, name in after if path in paths),
-        f"at most {consumption.peak} bytes are taken at any time",
+        f"at most {format_bytes(consumption.peak)} more than now are taken at any time",
     ]
 
 

@@ -51,7 +51,7 @@ def run_demo(directory: Path, tell: Callable[[str], None]) -> dict[str, Any]:
         directory.mkdir(parents=True)
     except OSError as error:
         hint = "remove it, or name another"
-        found = error.strerror or str(error)
+        found = "one that is there already" if isinstance(error, FileExistsError) else error.strerror or str(error)
         raise OutputError(Problem(str(directory), "a directory to make", found, hint)) from error
     base, adapter, merged = directory / "base", directory / "adapter", directory / "merged"
     randomness = np.random.default_rng(7)

@@ -53,7 +53,7 @@ class Engine:
         self._total_bytes = total_bytes
         self._tile_elements = budget.tile_elements
         self._behind = WriteBehind(budget.window_bytes)
-        self._files = OpenFiles(reads_ahead=options.uses("read-ahead"))
+        self._files = OpenFiles()
         paths = paths or StepPaths(compute_dtype, options)
         self._computers = Computers(compute_dtype, paths, self._files, budget, device)
 
@@ -140,7 +140,7 @@ class Engine:
     def _copy(self, file: OutputFile, source: tuple[str, int], target: int, count: int) -> Callable[[], None]:
         def call() -> None:
             file.copy_from(self._files, *source, target, count)
-            self._start_writing(file, target, count)
+            self._behind.wrote(file, count)
             self._behind.read(self._files, *source, count)
 
         return call
@@ -168,17 +168,12 @@ class Engine:
                 file.write_placed(target, size, result)
             else:
                 file.write_at(target, result)
-            self._start_writing(file, target, size)
+            self._behind.wrote(file, size)
             self._behind.read_rows(self._files, step.source, rows, step.entry.byte_count // computer.row_bytes)
             if computer.changed:
                 self.changed.add(step.entry.name)
 
         return call
-
-    def _start_writing(self, file: OutputFile, offset: int, byte_count: int) -> None:
-        if self._options.uses("early-sync"):
-            file.start_writing(offset, byte_count)
-        self._behind.wrote(file, byte_count)
 
 
 def _told_only(kept: KeptRange) -> Job:

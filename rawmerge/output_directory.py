@@ -11,11 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import OutputError, Problem
 from rawmerge.signals import HeldSignals
 
 _MARGIN_BYTES: Final = 2**20  # directories, block ends and the record
 _TAG: Final = "rawmerge"
+#: What systems answer to a rename onto a directory that holds something: XFS the second.
+_NOT_EMPTY: Final = {errno.ENOTEMPTY, errno.EEXIST}
 PUBLISHED_NOTE: Final = "the output was published before"
 
 
@@ -59,8 +62,9 @@ def check_space(output: Path, byte_count: int) -> None:
     free = shutil.disk_usage(nearest_folder(output)).free
     needed = byte_count + _MARGIN_BYTES
     if free < needed:
+        found = f"{format_bytes(free)} free, {format_bytes(needed - free)} too little"
         hint = "free some space, or choose an output on another disk"
-        raise OutputError(Problem(str(output), f"{needed} free bytes", f"{free} free bytes", hint))
+        raise OutputError(Problem(str(output), f"{format_bytes(needed)} free", found, hint))
 
 
 def nearest_folder(output: Path) -> Path:
@@ -172,18 +176,23 @@ class StagingDirectory:
         # it may have come into being since it was checked: renaming onto a directory that is not empty fails
         replaces = policy.overwrite and self.output.exists()
         if replaces and not _looks_like_checkpoint(self.output, policy.record_name):
-            raise OSError(errno.ENOTEMPTY, "the output has changed meanwhile and holds other work", str(self.output))
+            raise self._other_work()
         if replaces:
             self.output.rename(old)
         try:
             self.path.rename(self.output)
-        except BaseException:
+        except BaseException as error:
             if replaces:
                 old.rename(self.output)
+            if isinstance(error, OSError) and error.errno in _NOT_EMPTY:
+                raise self._other_work() from error
             raise
         self._published = True
         sync_directory(self.output.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _other_work(self) -> OSError:
+        return OSError(errno.ENOTEMPTY, "the output has changed meanwhile and holds other work", str(self.output))
 
     def _make(self) -> None:
         make_folders(self.output.parent, self._created)

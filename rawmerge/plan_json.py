@@ -19,9 +19,15 @@ _STEPS: Final = {"keep": KeepTensor, "update": UpdateTensor, "replace": ReplaceT
 _STEP_NAMES: Final = {step: name for name, step in _STEPS.items()}
 
 
-def format_plan(plan: MergePlan) -> str:
-    """Return the plan as one JSON object, with a `format` field first."""
-    return json.dumps({"format": FORMAT, **_encode(plan)}, ensure_ascii=False)
+def format_plan(plan: MergePlan, *, memory: Mapping[str, Any] | None = None) -> str:
+    """Return the plan as one JSON object, with a `format` field first.
+
+    Args:
+        plan: the plan.
+        memory: what it is predicted to take on this machine, told in a `memory` field; no part of the plan.
+    """
+    told = {"memory": memory} if memory is not None else {}
+    return json.dumps({"format": FORMAT, **told, **_encode(plan)}, ensure_ascii=False)
 
 
 def parse_plan(text: str) -> MergePlan:
@@ -33,6 +39,7 @@ def parse_plan(text: str) -> MergePlan:
     try:
         document = parse_json_object(text.encode())
         stated = document.pop("format", None)
+        document.pop("memory", None)
         decoded: MergePlan = _decode(MergePlan, document)
     except (StrictJsonError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(Problem("plan", f"a plan in the format {FORMAT}", str(error)[:200])) from error

@@ -11,12 +11,14 @@ from typing import Any, Final
 
 from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError
+from rawmerge.identity import RECORD_NAME
 from rawmerge.inspection import Inspection
 from rawmerge.memory import describe_reach
 from rawmerge.memory_budget import choose_budget
 from rawmerge.merge_plan import AdapterUse, KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
 from rawmerge.methods.interface import WHOLE
 from rawmerge.outcome import count_steps
+from rawmerge.plan_json import format_plan
 from rawmerge.run import MergeSummary
 from rawmerge.run_options import RunOptions
 
@@ -38,12 +40,17 @@ def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
         *(f"  {line}" for line in _changed_lines(plan.steps())),
         f"memory    {_memory_text(plan, options or RunOptions())}",
         f"output    {format_bytes(plan.byte_count)} in {len(plan.shards)} shard{'s'[: len(plan.shards) != 1]}",
-        f"written   {_names(file.name for file in plan.written_files)}",
+        f"written   {_names([*(file.name for file in plan.written_files), RECORD_NAME])}",
         f"copied    {_names(file.name for file in plan.side_files)}",
         *left_out_lines(plan),
         *(f"note      {note}" for note in plan.notes),
     ]
     return "\n".join(map(_printable, lines))
+
+
+def plan_json(plan: MergePlan, options: RunOptions | None = None) -> str:
+    """Return a plan as one JSON object that `parse_plan` reads, and the memory that it takes with these options."""
+    return format_plan(plan, memory=_memory_fields(plan, options or RunOptions()))
 
 
 def account_lines(uses: Iterable[AdapterUse]) -> list[str]:
@@ -207,6 +214,16 @@ def _memory_text(plan: MergePlan, options: RunOptions) -> str:
     torch = f", of it {format_bytes(forecast.torch)} torch" if forecast.torch else ", without torch"
     once = ", imported this once to learn how it sums" if forecast.torch and forecast.is_first else ""
     return f"about {format_bytes(forecast.peak)} at the peak{torch}{once}{needs}"
+
+
+def _memory_fields(plan: MergePlan, options: RunOptions) -> dict[str, Any]:
+    """Return the predicted peak in bytes and the threads that it is for, or why the limit cannot be kept."""
+    try:
+        budget, forecast = choose_budget(plan, options)
+    except MemoryLimitError as error:
+        return {"problems": [dataclasses.asdict(problem) for problem in error.problems]}
+    whole = [name for name, reach, _ in forecast.whole if reach == WHOLE]
+    return {"peak_bytes": forecast.peak, "torch_bytes": forecast.torch, "threads": budget.threads, "whole": whole}
 
 
 def _printable(line: str) -> str:

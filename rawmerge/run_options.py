@@ -11,11 +11,9 @@ from typing import Final, TypedDict
 MECHANISMS: Final = {
     "kernel": "plain LoRA is merged by rawmerge's own compiled code where its bits are torch's; else by torch",
     "reflink": "the whole shard is cloned where the file system can, and only changed tensors are written",
-    "read-ahead": "the system reads further ahead than it would of itself",
     "direct-io": "whole pages are written past the page cache where the file system can",
     "write-turns": "a third of the threads computes while the others wait for the disk",
     "preallocation": "the space of a shard is allocated before it is written",
-    "early-sync": "the disk starts writing while a shard is still being computed",
     "early-import": "torch is imported while kept tensors are copied",
 }
 DEVICE_NAMES: Final = r"cpu|mps|cuda(:\d{1,3})?"

@@ -204,15 +204,6 @@ class OutputFile:
         os.ftruncate(self._descriptor, self._byte_count)  # the source may be the longer one
         return True
 
-    def start_writing(self, offset: int, byte_count: int) -> None:
-        """Let the disk begin with a range that is complete, without waiting; what is wrong is told by `finish`."""
-        start = -(-offset // PAGE_BYTES) * PAGE_BYTES  # a page that another range shares waits for it
-        count = (offset + byte_count) // PAGE_BYTES * PAGE_BYTES - start
-        if count > 0 and self._direct < 0 and hasattr(os, "posix_fadvise"):
-            # Linux starts writing what it is told will not be needed, and drops it only where it is clean already
-            with suppress(OSError):
-                os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
-
     def flush(self) -> None:
         """Wait until what is written is on the disk, and give up its pages; nothing where the file is closed."""
         with self._lock:  # the file may be finished, and its number another's, by now

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -199,14 +199,8 @@ def _regular_file(path: Path, expected: str) -> Iterator[tuple[int, int]]:
 class OpenFiles:
     """Read-only descriptors, opened at first use and shared by all threads (`pread` has no position)."""
 
-    def __init__(self, *, reads_ahead: bool = True) -> None:
-        """Open nothing yet.
-
-        Args:
-            reads_ahead: whether the system is told to read further ahead than it would of itself.
-        """
+    def __init__(self) -> None:
         self._descriptors: dict[str, int] = {}
-        self._reads_ahead = reads_ahead
 
     def __enter__(self) -> OpenFiles:
         return self
@@ -224,10 +218,6 @@ class OpenFiles:
         if known is not None:
             return known
         opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if self._reads_ahead and hasattr(os, "posix_fadvise"):
-            # two threads that read tiles in turn look like no sequence, and the system would read in small pieces
-            with suppress(OSError):
-                os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         kept = self._descriptors.setdefault(path, opened)
         if kept != opened:  # another thread opened it meanwhile
             os.close(opened)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rawmerge
+from rawmerge.merge_plan import UpdateTensor
 from rawmerge.run_options import MECHANISMS
 
 pytest.importorskip("psutil")
@@ -247,12 +248,33 @@ def test_each_mechanism_is_switched_off_once(tmp_path: Path) -> None:
     assert list(rows)[:2] == [REFERENCE_ROW, MERGE_ROW]
     assert "--without" not in rows[MERGE_ROW]
     for name in MECHANISMS:
-        assert list(rows[f"without {name}"][-2:]) == ["--without", name]
+        (row,) = (rows[row] for row in rows if row.endswith(name))
+        beside = ("--without", mechanisms.STANDS_IN[name]) if name in mechanisms.STANDS_IN else ()
+        assert tuple(row[row.index("--without") :]) == (*beside, "--without", name)
     assert rows[mechanisms.WITHOUT_ALL].count("--without") == len(MECHANISMS)
     results = some_results(list(rows), [2, 4, *([5] * len(MECHANISMS)), 8])
     (table,) = tables(mechanisms.as_markdown(results))
     assert table[3][:6] == ["without " + next(iter(MECHANISMS)), "5.00", "2.50", "1.25", "10.00", "1.25"]
     assert table[-1][3] == "2.00"
+    assert [row[-1] for row in table if row[0] == "without kernel and early-import"] == [
+        f"{MECHANISMS['early-import']}; beside `without kernel`"
+    ]
+
+
+def test_an_adapter_may_target_some_modules_only(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, targets=("q_proj",))
+    folder = tmp_path / recipe.name
+    make_checkpoint(folder, recipe)
+    make_checkpoint(folder, recipe)  # reused: the recipe is the same
+    plan = rawmerge.plan_merge(folder / "base", folder / "adapter")
+    assert [step.entry.name.split(".")[-2] for step in plan.steps() if isinstance(step, UpdateTensor)] == [
+        "q_proj"
+    ] * recipe.shape.layers
+    assert not any("target_modules" in note for note in plan.notes)
+    rawmerge.run_plan(plan, tmp_path / "merged")
+    assert check_merge(folder, tmp_path / "merged", recipe, "float32") == 10
+    with pytest.raises(WrongResultError, match="kept tensor differs from the base"):
+        check_merge(folder, checkpoint / "merged", recipe, "float32")
 
 
 def test_slow_kinds_are_marked_and_need_a_reason() -> None:

@@ -23,6 +23,8 @@ from click.testing import CliRunner, Result
 import rawmerge
 from rawmerge.cli import cli
 from rawmerge.demo import free_directory
+from rawmerge.memory_budget import choose_budget
+from rawmerge.run_options import RunOptions
 from tests.builders import lora_pair, random_tensor, read_all, write_adapter, write_base
 
 Paths = tuple[Path, Path]
@@ -61,11 +63,17 @@ def test_plan_and_dry_run_tell_the_same_and_write_nothing(tiny: Paths, tmp_path:
     assert planned.exit_code == dry.exit_code == 0
     assert planned.stdout == dry.stdout
     assert "model.layers.*.q_proj.weight: lora rank 4, scaling 1.5 (x 2)" in planned.stdout
+    assert re.search(r"^written   .*rawmerge\.json$", planned.stdout, re.MULTILINE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_plan_json_is_a_plan(tiny: Paths) -> None:
-    assert rawmerge.parse_plan(invoke("plan", *tiny, "--json").stdout) == rawmerge.plan_merge(*tiny)
+    told = invoke("plan", *tiny, "--json", "--threads", 2).stdout
+    assert rawmerge.parse_plan(told) == rawmerge.plan_merge(*tiny)
+    memory = json.loads(told)["memory"]
+    assert memory["threads"] == 2
+    _, forecast = choose_budget(rawmerge.plan_merge(*tiny), RunOptions(threads=2))
+    assert memory["peak_bytes"] == forecast.peak
 
 
 def test_dry_run_refuses_what_the_merge_would(tiny: Paths) -> None:
@@ -244,7 +252,14 @@ def test_demo_makes_merges_and_verifies(tmp_path: Path) -> None:
 def test_demo_refuses_an_existing_directory(tmp_path: Path) -> None:
     result = invoke("demo", tmp_path)
     assert result.exit_code == 3
-    assert "remove it, or name another" in result.stderr
+    assert "found one that is there already\n    hint: remove it, or name another" in result.stderr
+
+
+def test_no_reuse_without_an_output_to_replace_is_a_usage_error(tiny: Paths, tmp_path: Path) -> None:
+    result = invoke("merge", *tiny, "-o", tmp_path / "out", "--no-reuse")
+    assert result.exit_code == 2
+    assert "--no-reuse goes with --overwrite" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_without_a_directory_takes_a_new_one_each_time(tmp_path: Path) -> None:

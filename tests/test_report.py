@@ -101,14 +101,15 @@ def test_layers_of_one_kind_are_one_line_of_a_plan(plan: MergePlan) -> None:
 def test_a_plan_lists_the_files_it_writes_copies_and_leaves_out(tiny: tuple[Path, Path]) -> None:
     (tiny[0] / "pytorch_model.bin").touch()
     text = plan_text(rawmerge.plan_merge(*tiny, dtype="float32"))
-    assert lines_of(text, "written") == ["config.json, model.safetensors.index.json"]
+    assert lines_of(text, "written") == ["config.json, model.safetensors.index.json, rawmerge.json"]
     assert lines_of(text, "copied") == ["tokenizer.json"]
     assert lines_of(text, "left out") == ["pytorch_model.bin: weights that the merge does not touch, or a pickle"]
 
 
 def test_a_plan_says_where_nothing_is_written_beside_the_shards(plan: MergePlan) -> None:
     text = plan_text(replace(plan, written_files=(), side_files=()))
-    assert lines_of(text, "written") == lines_of(text, "copied") == ["none"]
+    assert lines_of(text, "written") == ["rawmerge.json"]
+    assert lines_of(text, "copied") == ["none"]
 
 
 def test_long_lists_of_files_are_cut_and_counted(plan: MergePlan) -> None:

@@ -205,8 +205,6 @@ def _parse_kind(fields: Mapping[str, Any], kind: KindFields) -> AdapterConfig:
         rank_pattern=fields.get("rank_pattern") or {} if "rank_pattern" in has_patterns else {},
         alpha_pattern=fields.get("alpha_pattern") or {} if "alpha_pattern" in has_patterns else {},
         token_indices=_token_indices(fields.get(kind.token_indices) or {}),
-        layers_to_transform=_layer_numbers(fields.get("layers_to_transform")),
-        layers_pattern=_names(fields.get("layers_pattern")),
     )
 
 
@@ -226,6 +224,8 @@ def _common_config(fields: Mapping[str, Any], kind: KindFields) -> AdapterConfig
         base_model_class=(fields.get("auto_mapping") or {}).get("base_model_class") or "",
         target_modules=_pattern_or_names(fields.get("target_modules") or ()),
         exclude_modules=_pattern_or_names(fields.get("exclude_modules") or ()),
+        layers_to_transform=_layer_numbers(fields.get("layers_to_transform")),
+        layers_pattern=_names(fields.get("layers_pattern")),
         kind=fields["peft_type"],
         values={name: kind.followed[name].default if value is None else value for name, value in stated.items()},
     )

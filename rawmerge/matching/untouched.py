@@ -15,7 +15,7 @@ from typing import Final
 
 from rawmerge.errors import quote
 from rawmerge.families import base_prefixes
-from rawmerge.formats.adapter_config import TASK_HEADS, AdapterConfig, matches_target
+from rawmerge.formats.adapter_config import TASK_HEADS, AdapterConfig
 from rawmerge.formats.target_names import is_targeted
 from rawmerge.matching.disk_names import DiskNames
 
@@ -70,13 +70,11 @@ def _missing(names: DiskNames, config: AdapterConfig, changed: Collection[str]) 
 
 
 def _untouched(names: DiskNames, config: AdapterConfig, changed: Collection[str]) -> Iterator[str]:
-    targets = config.target_modules
-    if isinstance(targets, str):
+    if isinstance(config.target_modules, str):
         return
-    excluded = () if isinstance(config.exclude_modules, str) else config.exclude_modules
     for name, source in names.tensors.items():
         if name in changed or len(source.shape) < 2 or not name.endswith(".weight"):
             continue
         paths = {path.removesuffix(".weight") for path in (name, names.family.canonical(name))}
-        if any(matches_target(targets, path) and not matches_target(excluded, path) for path in paths):
+        if any(is_targeted(config, path) for path in paths):
             yield name.removesuffix(".weight")
