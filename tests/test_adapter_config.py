@@ -254,7 +254,7 @@ def test_a_field_that_is_unset_changes_nothing(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", sorted(IGNORED_FIELDS))
 @pytest.mark.parametrize("value", ["x", ["x"], {"x": 1}, 3], ids=str)
 def test_an_ignored_field_changes_nothing_whatever_it_says(name: str, value: Any) -> None:
-    unread = {"layers_to_transform": (), "layers_pattern": ()}  # followed by a note only
+    unread: dict[str, Any] = {"layers_to_transform": (), "layers_pattern": ()}  # read for a note only
     assert replace(parse(**{name: value}), **unread) == parse()
 
 
