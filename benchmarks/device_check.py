@@ -26,11 +26,11 @@ from benchmarks.recipe import DTYPE_CODES, Recipe, plain_recipe
 from benchmarks.result_files import add_place_options
 from benchmarks.shapes import SHAPES
 from benchmarks.table import markdown_table
+from rawmerge.computing.rounding import round_into
+from rawmerge.computing.tile_scratch import TileScratch
+from rawmerge.engine.tiles import TILE_ELEMENTS
 from rawmerge.methods.lora import PreparedLora
 from rawmerge.methods.movable import moved
-from rawmerge.rounding import round_into
-from rawmerge.tile_scratch import TileScratch
-from rawmerge.tiles import TILE_ELEMENTS
 
 COMPUTE_DTYPES: Final = {"float32": torch.float32, "float64": torch.float64}
 _BUS_BYTES: Final = 256 * 2**20

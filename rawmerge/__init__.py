@@ -16,9 +16,9 @@ from rawmerge._version import __version__
 
 if TYPE_CHECKING:
     from rawmerge.api import inspect_path, merge_adapter, plan_merge
+    from rawmerge.engine.jobs import Progress
     from rawmerge.errors import MergeError, Problem, RawmergeError, RefusedError, VerificationError
     from rawmerge.inspection import Inspection
-    from rawmerge.jobs import Progress
     from rawmerge.merge_plan import MergePlan
     from rawmerge.plan_json import format_plan, parse_plan
     from rawmerge.run import MergeSummary, run_plan
@@ -48,7 +48,7 @@ _HOMES = {
     "MergePlan": "merge_plan",
     "MergeSummary": "run",
     "Problem": "errors",
-    "Progress": "jobs",
+    "Progress": "engine.jobs",
     "RawmergeError": "errors",
     "RefusedError": "errors",
     "VerificationError": "errors",

@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Unpack
 
+from rawmerge.consuming.finished_merge import finished_merge
+from rawmerge.consuming.plan_difference import difference
+from rawmerge.consuming.unfinished import unfinished_plan
+from rawmerge.engine.jobs import ProgressCallback
 from rawmerge.errors import MissingFileError, OutputError, Problem, quote
-from rawmerge.finished_merge import finished_merge
 from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.weight_map import INDEX_NAME
-from rawmerge.hub import resolve_adapter, resolve_base, resolve_either
+from rawmerge.inputs.hub import resolve_adapter, resolve_base, resolve_either
 from rawmerge.inspection import Inspection, inspect_root
-from rawmerge.jobs import ProgressCallback
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
 from rawmerge.plan import make_plan
-from rawmerge.plan_difference import difference
 from rawmerge.run import MergeSummary, run_plan
 from rawmerge.run_options import RunChoices
-from rawmerge.unfinished import unfinished_plan
 
 
 def plan_merge(

@@ -18,7 +18,7 @@ import click
 import rawmerge
 from rawmerge.command_options import ADAPTER, BASE, DEVICE, JSON, MAX_MEMORY, THREADS, WITHOUT, plan_options
 from rawmerge.errors import RawmergeError
-from rawmerge.output_directory import PUBLISHED_NOTE
+from rawmerge.output.output_directory import PUBLISHED_NOTE
 from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.signals import Ended
 
@@ -191,7 +191,7 @@ def plan(
     --threads, --max-memory and --without change nothing but the memory that is told; a SIZE that cannot be kept is
     refused, as a merge would. `merge --dry-run` checks the output too.
     """
-    from rawmerge.memory_budget import choose_budget
+    from rawmerge.memory.budget import choose_budget
     from rawmerge.report import plan_json, plan_text
 
     made = rawmerge.plan_merge(base, adapter, **options)

@@ -9,14 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from rawmerge.adapter import Adapter, is_adapter, read_adapter
-from rawmerge.base_checkpoint import read_base
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import Problem, RefusedError
 from rawmerge.formats.adapter_names import parse_adapter_names
+from rawmerge.inputs.adapter import Adapter, is_adapter, read_adapter
+from rawmerge.inputs.base_checkpoint import read_base
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.matcher import foreign_problem, grammar_of
 from rawmerge.methods import ADAPTER_KINDS
-from rawmerge.tensor_source import TensorSource
 
 #: Roles of tensors that are not the kind's own.
 _NOT_OWN: Final = frozenset({"stored", "stored_base", "saved_copy", "original_copy", "token_rows", "foreign"})

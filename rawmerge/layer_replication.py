@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from rawmerge.base_checkpoint import BaseCheckpoint, ShardContents
 from rawmerge.errors import PlanError, Problem
-from rawmerge.tensor_source import TensorSource
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint, ShardContents
+from rawmerge.inputs.tensor_source import TensorSource
 
 #: Names that stacks of layers have where PEFT replicates them.
 _STACK: Final = re.compile(r"((?:[^.]+\.)*?(?:layers|layer|h))\.(0|[1-9][0-9]{0,8})\.(.+)")

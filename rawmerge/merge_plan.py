@@ -11,13 +11,13 @@ from itertools import chain, pairwise
 from math import prod
 from typing import TypeAlias
 
+from rawmerge.engine.tiles import Matrix, Stretch, elementwise_shape, matrix_shape
 from rawmerge.formats.shard_header import LENGTH_PREFIX, TensorEntry
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_options import MergeOptions
 from rawmerge.methods.interface import ROWS
 from rawmerge.methods.interface import Setting as Setting  # others take it from here
-from rawmerge.side_files import LeftOut, SideFile
-from rawmerge.tensor_source import TensorSource
-from rawmerge.tiles import Matrix, Stretch, elementwise_shape, matrix_shape
+from rawmerge.output.side_files import LeftOut, SideFile
 
 
 @dataclass(frozen=True, slots=True)

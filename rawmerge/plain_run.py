@@ -5,15 +5,15 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rawmerge.earlier_output import statuses
 from rawmerge.errors import NothingChangedError
-from rawmerge.input_check import check_inputs
-from rawmerge.outcome import Written, has_other_tensors, replacement_differs, updated_names
-from rawmerge.output_directory import StagingDirectory
+from rawmerge.inputs.input_check import check_inputs
+from rawmerge.output.earlier_output import statuses
+from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, updated_names
+from rawmerge.output.output_directory import StagingDirectory
+from rawmerge.output.shard_origins import ShardOrigins, remember_output
+from rawmerge.output.small_files import write_small_files
 from rawmerge.run_request import RunRequest
-from rawmerge.shard_origins import ShardOrigins, remember_output
 from rawmerge.shard_run import ShardRun
-from rawmerge.small_files import write_small_files
 
 
 def write_output(request: RunRequest, origins: ShardOrigins) -> Written:

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rawmerge.adapter import Adapter, read_adapter
-from rawmerge.base_checkpoint import SINGLE_NAME, BaseCheckpoint, ShardContents, read_base
 from rawmerge.dtypes import COMPUTE_DTYPES, DTYPES, OUTPUT_DTYPES
 from rawmerge.errors import PlanError, Problem, ProblemCollector
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
 from rawmerge.formats.weight_map import INDEX_NAME, WeightMap, format_weight_map
-from rawmerge.identity import RECORD_NAME, check_identity, merged_adapters, read_record
+from rawmerge.inputs.adapter import Adapter, read_adapter
+from rawmerge.inputs.base_checkpoint import SINGLE_NAME, BaseCheckpoint, ShardContents, read_base
+from rawmerge.inputs.identity import RECORD_NAME, check_identity, merged_adapters, read_record
+from rawmerge.inputs.tensor_source import TensorFile, TensorSource
 from rawmerge.layer_replication import layer_order, replicate_layers
 from rawmerge.matching.ledger import Addition
 from rawmerge.matching.matcher import Matches, match_adapter
@@ -31,8 +32,8 @@ from rawmerge.merge_plan import (
     UpdateTensor,
     WrittenFile,
 )
-from rawmerge.output_config import OutputConfig
-from rawmerge.side_files import (
+from rawmerge.output.output_config import OutputConfig
+from rawmerge.output.side_files import (
     LeftOut,
     SideFile,
     differing_tokenizer_files,
@@ -41,7 +42,6 @@ from rawmerge.side_files import (
     loses_template,
     override_side_files,
 )
-from rawmerge.tensor_source import TensorFile, TensorSource
 
 
 def make_plan(

@@ -11,13 +11,13 @@ from typing import Any, Final
 
 from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError
-from rawmerge.identity import RECORD_NAME
+from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inspection import Inspection
-from rawmerge.memory import describe_reach
-from rawmerge.memory_budget import choose_budget
+from rawmerge.memory.budget import choose_budget
+from rawmerge.memory.forecast import describe_reach
 from rawmerge.merge_plan import AdapterUse, KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
 from rawmerge.methods.interface import WHOLE
-from rawmerge.outcome import count_steps
+from rawmerge.output.outcome import count_steps
 from rawmerge.plan_json import format_plan
 from rawmerge.run import MergeSummary
 from rawmerge.run_options import RunOptions

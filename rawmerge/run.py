@@ -10,28 +10,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from rawmerge.consuming_run import check_consuming, consume_base, was_published
+from rawmerge.computing.step_paths import StepPaths
+from rawmerge.consuming.consuming_run import check_consuming, consume_base, was_published
+from rawmerge.consuming.unfinished import unfinished_folder
+from rawmerge.engine.jobs import ProgressCallback
 from rawmerge.errors import MergeError, PlanError, Problem, ProblemCollector, RawmergeError, quote
 from rawmerge.formats.weight_map import is_safe_file_name
-from rawmerge.identity import RECORD_NAME
-from rawmerge.jobs import ProgressCallback
-from rawmerge.linking import check_links
-from rawmerge.memory_budget import choose_budget
-from rawmerge.memory_lack import lack_text, ran_out
+from rawmerge.inputs.identity import RECORD_NAME
+from rawmerge.memory.budget import choose_budget
+from rawmerge.memory.lack import lack_text, ran_out
+from rawmerge.memory.process_peak import start_meter
 from rawmerge.merge_plan import MergePlan, UpdateTensor
 from rawmerge.methods import METHODS
-from rawmerge.outcome import Written, count_steps
-from rawmerge.output_directory import PUBLISHED_NOTE, check_output, check_space, nearest_folder
+from rawmerge.output.linking import check_links
+from rawmerge.output.outcome import Written, count_steps
+from rawmerge.output.output_directory import PUBLISHED_NOTE, check_output, check_space, nearest_folder
+from rawmerge.output.shard_origins import ShardOrigins, find_origins
 from rawmerge.plain_run import write_output
-from rawmerge.process_peak import start_meter
 from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.run_request import RunRequest
-from rawmerge.shard_origins import ShardOrigins, find_origins
-from rawmerge.step_paths import StepPaths
-from rawmerge.unfinished import unfinished_folder
 
 if TYPE_CHECKING:
-    from rawmerge.devices import Device
+    from rawmerge.computing.devices import Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def _device(options: RunOptions) -> Iterator[Device | None]:
     if options.device == "cpu":
         yield None
         return
-    from rawmerge.devices import open_device  # imports torch
+    from rawmerge.computing.devices import open_device  # imports torch
 
     with open_device(options.device) as device:
         yield device

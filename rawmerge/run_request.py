@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rawmerge.computing.step_paths import StepPaths
+from rawmerge.engine.jobs import ProgressCallback
 from rawmerge.formats.adapter_config import CONFIG_NAME
-from rawmerge.identity import RECORD_NAME
-from rawmerge.jobs import ProgressCallback
-from rawmerge.memory_budget import MemoryBudget
+from rawmerge.inputs.identity import RECORD_NAME
+from rawmerge.memory.budget import MemoryBudget
 from rawmerge.merge_plan import MergePlan
-from rawmerge.output_directory import OutputPolicy
+from rawmerge.output.output_directory import OutputPolicy
 from rawmerge.run_options import RunOptions
 from rawmerge.signals import HeldSignals
-from rawmerge.step_paths import StepPaths
 
 if TYPE_CHECKING:
-    from rawmerge.devices import Device
+    from rawmerge.computing.devices import Device
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Semaphore
 
-from rawmerge.engine import Engine
-from rawmerge.jobs import Progress, ProgressCallback
+from rawmerge.engine.engine import Engine
+from rawmerge.engine.jobs import Progress, ProgressCallback
+from rawmerge.engine.shard_writer import OutputFile
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.run_request import RunRequest
-from rawmerge.shard_writer import OutputFile
 
 
 class ShardRun:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from rawmerge.blas_threads import BlasThreads
-from rawmerge.devices import Device
+from rawmerge.computing.blas_threads import BlasThreads
+from rawmerge.computing.devices import Device
+from rawmerge.computing.shared_tensors import SharedTensors
+from rawmerge.computing.tile_computer import TensorComputer, TileScratch
+from rawmerge.engine.tiles import TILE_ELEMENTS
+from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.merge_plan import UpdateTensor, Window, matrix_of
-from rawmerge.shared_tensors import SharedTensors
-from rawmerge.tensor_source import OpenFiles
-from rawmerge.tile_computer import TensorComputer, TileScratch
-from rawmerge.tiles import TILE_ELEMENTS
 from tests.builders import random_tensor
 from tests.step_runs import Workbench
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import rawmerge
 import rawmerge.api
-import rawmerge.blas_threads
-import rawmerge.tile_computer  # what each round would import
+import rawmerge.computing.blas_threads
+import rawmerge.computing.tile_computer  # what each round would import
 from tests.builders import folder_bytes
 
 KILLED = 137

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rawmerge.engine import Engine
+from rawmerge.engine.engine import Engine
+from rawmerge.engine.shard_writer import OutputFile
+from rawmerge.engine.tiles import TILE_ELEMENTS
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Step, Update, UpdateTensor
 from rawmerge.run_options import RunOptions
-from rawmerge.shard_writer import OutputFile
-from rawmerge.tensor_source import TensorSource
-from rawmerge.tiles import TILE_ELEMENTS
 from tests.builders import raw
 
 CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}

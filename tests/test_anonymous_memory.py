@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rawmerge.anonymous_memory import PAGE_BYTES, anonymous_memory, large_memory, large_pages
+from rawmerge.engine.anonymous_memory import PAGE_BYTES, anonymous_memory, large_memory, large_pages
 
 LARGE = 2 * 2**20
 SMAPS = Path("/proc/self/smaps")

@@ -7,144 +7,154 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "rawmerge"
 
-#: Module (without `rawmerge.`) to its floor; README draws the same picture. A package's modules share its floor.
+#: Module (without `rawmerge.`) to its floor; README draws the same picture. A subject's package (`engine`) has modules on
+#: several floors; one that is named here whole (`formats`) is a single room.
 FLOORS = {
     "_version": 0,
-    "errors": 0,
+    "byte_sizes": 0,
     "dtypes": 0,
+    "errors": 0,
     "merge_options": 0,
     "run_options": 0,
     "user_cache": 0,
-    "anonymous_memory": 0,
     "versions": 0,
-    "native": 1,
-    "formats": 1,
-    "methods": 2,
     "families": 1,
-    "file_status": 1,
-    "hub_cache": 1,
-    "tiles": 1,
-    "page_edges": 1,
-    "rounding": 1,
-    "blas_threads": 1,
+    "formats": 1,
+    "native": 1,
     "signals": 1,
-    "tile_scratch": 1,
-    "devices": 2,
-    "device_tiles": 3,
-    "tensor_source": 2,
-    "side_files": 2,
-    "base_checkpoint": 3,
-    "adapter": 3,
-    "comparison": 3,
-    "shard_writer": 3,
-    "output_directory": 3,
+    "methods": 2,
     "merge_plan": 3,
-    "byte_sizes": 0,
-    "memory_limit": 1,
-    "memory_lack": 1,
-    "process_peak": 1,
-    "large_factors": 4,
-    "write_behind": 4,
-    "factor_parts": 5,
-    "step_paths": 6,
-    "memory": 7,
-    "memory_budget": 8,
-    "sliced_lora": 7,
-    "plan_json": 4,
-    "untouched_shards": 4,
-    "plan_difference": 4,
-    "finished_merge": 5,
-    "outcome": 4,
-    "shard_identity": 4,
-    "linking": 4,
-    "earlier_output": 4,
-    "record": 4,
-    "input_check": 4,
-    "consumption": 5,
-    "consumption_check": 5,
-    "journal": 5,
-    "unfinished": 6,
-    "resumption": 6,
-    "small_files": 6,
-    "identity": 4,
     "layer_replication": 4,
+    "plan_json": 4,
     "matching": 5,
-    "output_config": 6,
     "plan": 7,
-    "plain_pairs": 4,
-    "kept_ranges": 4,
-    "shared_tensors": 4,
-    "certificates": 5,
-    "tile_computer": 8,
-    "calibration": 8,
-    "pair_computer": 8,
-    "computers": 9,
-    "jobs": 9,
     "run_request": 10,
-    "engine": 10,
-    "shard_origins": 11,
     "shard_run": 11,
     "plain_run": 12,
-    "consuming_run": 12,
-    "run": 13,
     "inspection": 13,
+    "run": 13,
     "report": 14,
-    "hub": 14,
     "api": 15,
-    "demo": 16,
     "__init__": 16,
     "command_options": 16,
+    "demo": 16,
     "cli": 17,
     "__main__": 18,
+    "computing.blas_threads": 1,
+    "computing.rounding": 1,
+    "computing.tile_scratch": 1,
+    "computing.devices": 2,
+    "computing.device_tiles": 3,
+    "computing.large_factors": 4,
+    "computing.plain_pairs": 4,
+    "computing.shared_tensors": 4,
+    "computing.certificates": 5,
+    "computing.factor_parts": 5,
+    "computing.step_paths": 6,
+    "computing.sliced_lora": 7,
+    "computing.calibration": 8,
+    "computing.pair_computer": 8,
+    "computing.tile_computer": 8,
+    "computing.computers": 9,
+    "consuming.plan_difference": 4,
+    "consuming.consumption": 5,
+    "consuming.consumption_check": 5,
+    "consuming.finished_merge": 5,
+    "consuming.journal": 5,
+    "consuming.resumption": 6,
+    "consuming.unfinished": 6,
+    "consuming.consuming_run": 12,
+    "engine.anonymous_memory": 0,
+    "engine.page_edges": 1,
+    "engine.tiles": 1,
+    "engine.shard_writer": 3,
+    "engine.kept_ranges": 4,
+    "engine.write_behind": 4,
+    "engine.jobs": 9,
+    "engine.engine": 10,
+    "inputs.file_status": 1,
+    "inputs.hub_cache": 1,
+    "inputs.tensor_source": 2,
+    "inputs.adapter": 3,
+    "inputs.base_checkpoint": 3,
+    "inputs.comparison": 3,
+    "inputs.identity": 4,
+    "inputs.input_check": 4,
+    "inputs.hub": 14,
+    "memory.lack": 1,
+    "memory.limit": 1,
+    "memory.process_peak": 1,
+    "memory.forecast": 7,
+    "memory.budget": 8,
+    "output.side_files": 2,
+    "output.output_directory": 3,
+    "output.earlier_output": 4,
+    "output.linking": 4,
+    "output.outcome": 4,
+    "output.record": 4,
+    "output.shard_identity": 4,
+    "output.untouched_shards": 4,
+    "output.output_config": 6,
+    "output.small_files": 6,
+    "output.shard_origins": 11,
 }
 #: Third-party modules that may be imported, and by whom; torch at module level only where tiles are computed.
 THIRD_PARTY = {
     "click": {"cli", "command_options"},
     "tqdm": {"cli"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"inputs.hub"},
     "safetensors": {"demo"},
-    "numpy": {"demo", "rounding", "comparison", "methods"},
+    "numpy": {"demo", "computing.rounding", "inputs.comparison", "methods"},
     "torch": {
-        "tile_computer",
-        "calibration",
-        "sliced_lora",
-        "tile_scratch",
-        "devices",
-        "device_tiles",
-        "rounding",
-        "blas_threads",
+        "computing.tile_computer",
+        "computing.calibration",
+        "computing.sliced_lora",
+        "computing.tile_scratch",
+        "computing.devices",
+        "computing.device_tiles",
+        "computing.rounding",
+        "computing.blas_threads",
         "methods",
-        "shared_tensors",
+        "computing.shared_tensors",
         "demo",
     },
 }
 TORCH_AT_IMPORT = {
-    "tile_computer",
-    "sliced_lora",
-    "calibration",
-    "tile_scratch",
-    "devices",
-    "device_tiles",
-    "rounding",
-    "blas_threads",
+    "computing.tile_computer",
+    "computing.sliced_lora",
+    "computing.calibration",
+    "computing.tile_scratch",
+    "computing.devices",
+    "computing.device_tiles",
+    "computing.rounding",
+    "computing.blas_threads",
 }
 
 
 def module_files() -> list[Path]:
-    return sorted(ROOT.rglob("*.py"))
+    return sorted(path for path in ROOT.rglob("*.py") if path.parent == ROOT or not is_subject(path))
+
+
+def is_subject(path: Path) -> bool:
+    """Whether a file is the `__init__` of a package whose modules have floors of their own."""
+    return path.name == "__init__.py" and path.parent.name not in FLOORS
 
 
 def room(path: Path) -> str:
-    """Return the top-level module or package that a file belongs to."""
-    relative = path.relative_to(ROOT)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+    """Return the key of `FLOORS` that a file belongs to."""
+    return room_of(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(parts: Sequence[str]) -> str:
+    """Return the key of `FLOORS` for a module's path below `rawmerge`."""
+    return parts[0] if parts[0] in FLOORS else ".".join(parts[:2])
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
@@ -170,6 +180,14 @@ def test_every_module_has_a_floor() -> None:
     assert {room(path) for path in module_files()} == FLOORS.keys()
 
 
+def test_subjects_say_what_they_are_about_and_hold_nothing() -> None:
+    subjects = [path for path in ROOT.rglob("__init__.py") if path.parent != ROOT and is_subject(path)]
+    assert {path.parent.name for path in subjects} == {name.split(".")[0] for name in FLOORS if "." in name}
+    for path in subjects:
+        assert len(ast.parse(path.read_text()).body) == 1, path
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
 @pytest.mark.parametrize("path", module_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down(path: Path) -> None:
     tree = ast.parse(path.read_text())
@@ -177,7 +195,7 @@ def test_imports_go_down(path: Path) -> None:
         parts = name.split(".")
         if parts[0] != "rawmerge" or len(parts) == 1 or node.lineno in type_checking_lines(tree):
             continue
-        target = parts[1]
+        target = room_of(parts[1:])
         if target in FLOORS and target != room(path):
             assert FLOORS[target] < FLOORS[room(path)], f"{path.name} imports {name}, which is not below it"
 

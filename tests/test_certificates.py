@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import rawmerge
-from rawmerge.certificates import FILE_NAME, Certificates, machine_key
+from rawmerge.computing.certificates import FILE_NAME, Certificates, machine_key
 from rawmerge.native import kernel
 from rawmerge.native.recipe import Recipe
 from tests.builders import folder_bytes, write_adapter
@@ -134,7 +134,7 @@ def test_where_no_block_has_torch_s_bits_torch_computes(
     cache: Path, merge_inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rawmerge.merge_adapter(*merge_inputs, tmp_path / "plain", without=["kernel"])
-    monkeypatch.setattr("rawmerge.calibration.find_block", lambda recipe, blas: 0)
+    monkeypatch.setattr("rawmerge.computing.calibration.find_block", lambda recipe, blas: 0)
     rawmerge.merge_adapter(*merge_inputs, tmp_path / "none")
     assert set(json.loads(cache.read_text())["blocks"].values()) == {0}
     assert folder_bytes(tmp_path / "none") == folder_bytes(tmp_path / "plain")
@@ -146,7 +146,7 @@ def test_a_wrong_block_would_show(
 ) -> None:
     rawmerge.merge_adapter(*merge_inputs, tmp_path / "plain", dtype="float32")
     cache.unlink()
-    monkeypatch.setattr("rawmerge.calibration.find_block", lambda recipe, blas: 2)
+    monkeypatch.setattr("rawmerge.computing.calibration.find_block", lambda recipe, blas: 2)
     rawmerge.merge_adapter(*merge_inputs, tmp_path / "wrong", dtype="float32")
     assert folder_bytes(tmp_path / "wrong") != folder_bytes(tmp_path / "plain")
 

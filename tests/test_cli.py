@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 import rawmerge
 from rawmerge.cli import cli
 from rawmerge.demo import free_directory
-from rawmerge.memory_budget import choose_budget
+from rawmerge.memory.budget import choose_budget
 from rawmerge.run_options import RunOptions
 from tests.builders import lora_pair, random_tensor, read_all, write_adapter, write_base
 
@@ -178,7 +178,7 @@ SLOW_MERGE = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest aside lets it be ignored
 from rawmerge.__main__ import main
-from rawmerge.shard_writer import OutputFile
+from rawmerge.engine.shard_writer import OutputFile
 def slowed(write):
     def slow(*arguments):
         print("writing", flush=True)

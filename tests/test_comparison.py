@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rawmerge import comparison
-from rawmerge.comparison import same_transposed, same_values, sample_rows_equal
+from rawmerge.computing.rounding import round_into
 from rawmerge.errors import InputChangedError
-from rawmerge.rounding import round_into
-from rawmerge.tensor_source import TensorSource, read_shard_file
+from rawmerge.inputs import comparison
+from rawmerge.inputs.comparison import same_transposed, same_values, sample_rows_equal
+from rawmerge.inputs.tensor_source import TensorSource, read_shard_file
 from tests.parity.exact_rounding import FORMATS
 from tests.strategies import SETTINGS
 

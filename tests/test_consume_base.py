@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import rawmerge
 from rawmerge.byte_sizes import format_bytes
 from rawmerge.cli import cli
-from rawmerge.consumption import plan_consumption
+from rawmerge.consuming.consumption import plan_consumption
 from rawmerge.errors import MergeError, MissingFileError, NothingChangedError, OutputError
 from rawmerge.merge_plan import KeepTensor, MergePlan, ShardPlan
 from tests.builders import (

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rawmerge
-from rawmerge.devices import Device, open_device
+from rawmerge.computing.devices import Device, open_device
 from tests.device_cases import CASES, Case, computed
 from tests.step_runs import Workbench
 

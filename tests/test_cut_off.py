@@ -18,8 +18,8 @@ import torch
 from click.testing import CliRunner, Result
 
 import rawmerge
-from rawmerge import resumption
 from rawmerge.cli import cli
+from rawmerge.consuming import resumption
 from rawmerge.errors import MergeError, NonFiniteTensorError, OutputError, RefusedError
 from tests.builders import (
     folder_bytes,
@@ -141,7 +141,7 @@ def test_a_merge_cut_off_after_publishing_only_cleans_up(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("rawmerge.unfinished.UnfinishedFolder.remove", stop)
+        patch.setattr("rawmerge.consuming.unfinished.UnfinishedFolder.remove", stop)
         with pytest.raises(Stop):
             rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
     assert folder_bytes(tmp_path / "out") == golden
@@ -459,7 +459,7 @@ def test_a_lack_of_memory_does_not_hide_what_is_gone(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("rawmerge.output_directory.StagingDirectory.publish", fail)
+        patch.setattr("rawmerge.output.output_directory.StagingDirectory.publish", fail)
         with pytest.raises(MergeError, match=r"3 shards are deleted from the base, and merged in .*: run the same"):
             rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
     summary = rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
@@ -492,7 +492,7 @@ def test_a_base_of_one_file_goes_on_when_it_is_gone(tmp_path: Path, monkeypatch:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rawmerge.output_directory.StagingDirectory.publish", fail)
+        patch.setattr("rawmerge.output.output_directory.StagingDirectory.publish", fail)
         with pytest.raises(MergeError, match="1 shard is deleted"):
             rawmerge.merge_adapter(base, adapter, tmp_path / "out", consume_base=True)
     assert not base.exists()

@@ -19,18 +19,18 @@ import torch
 from click.testing import CliRunner
 
 import rawmerge
-from rawmerge import devices
-from rawmerge.blas_threads import BlasThreads
 from rawmerge.cli import cli
-from rawmerge.devices import Device, Lane, is_full, open_device
+from rawmerge.computing import devices
+from rawmerge.computing.blas_threads import BlasThreads
+from rawmerge.computing.devices import Device, Lane, is_full, open_device
+from rawmerge.computing.shared_tensors import SharedTensors
+from rawmerge.computing.tile_computer import TensorComputer, TileScratch
 from rawmerge.errors import DeviceError, InputChangedError, MergeError, NonFiniteTensorError
+from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.methods import METHODS
 from rawmerge.methods.interface import TileContext
 from rawmerge.methods.lora import PreparedLora
 from rawmerge.methods.movable import ImmovableError, Movable, moved
-from rawmerge.shared_tensors import SharedTensors
-from rawmerge.tensor_source import OpenFiles
-from rawmerge.tile_computer import TensorComputer, TileScratch
 from tests.device_cases import CASES, Case, computed
 from tests.step_runs import Workbench
 

@@ -16,15 +16,16 @@ from typing import TypedDict
 
 import pytest
 
-import rawmerge.hub
+import rawmerge.inputs.hub
 from rawmerge.errors import MissingFileError
-from rawmerge.hub import ResolvedSource, resolve_adapter, resolve_base
+from rawmerge.inputs.hub import ResolvedSource, resolve_adapter, resolve_base
 from tests.fake_hub import FakeHub
 
 RESOLVE = """
 import json, sys
 from pathlib import Path
-from rawmerge import errors, hub
+from rawmerge import errors
+from rawmerge.inputs import hub
 
 def resolve(kind, spec):
     try:
@@ -118,7 +119,7 @@ class Runner:  # starts processes that share one hub and one cache
             "HF_HOME": str(self.folder / "hf_home"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PYTHONPATH": str(Path(rawmerge.hub.__file__).parents[1]),
+            "PYTHONPATH": str(Path(rawmerge.inputs.hub.__file__).parents[1]),
         }
         command = [sys.executable, "-c", code, *arguments]
         environment = {**kept, **own, **extra}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from rawmerge import identity
-from rawmerge.adapter import read_adapter
-from rawmerge.base_checkpoint import BaseCheckpoint, read_base
 from rawmerge.errors import PlanError
 from rawmerge.formats.adapter_config import AdapterConfig
-from rawmerge.identity import (
+from rawmerge.inputs import identity
+from rawmerge.inputs.adapter import read_adapter
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint, read_base
+from rawmerge.inputs.identity import (
     RECORD_NAME,
     IdentityFinding,
     already_merged,

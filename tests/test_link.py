@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import rawmerge
 from rawmerge.cli import cli
 from rawmerge.errors import OutputError
-from rawmerge.hub_cache import is_in_hub_cache
-from rawmerge.untouched_shards import untouched_shards
+from rawmerge.inputs.hub_cache import is_in_hub_cache
+from rawmerge.output.untouched_shards import untouched_shards
 from tests.builders import (
     PREFIX,
     folder_bytes,

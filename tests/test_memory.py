@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rawmerge
-from rawmerge.memory import forecast_memory
+from rawmerge.memory.forecast import forecast_memory
 from rawmerge.native import kernel
 from tests.builders import PREFIX, read_all, write_adapter, write_base
 

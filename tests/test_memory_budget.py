@@ -15,21 +15,22 @@ import torch
 from click.testing import CliRunner
 
 import rawmerge
-from rawmerge import memory_budget, process_peak
 from rawmerge.byte_sizes import format_bytes, parse_bytes
 from rawmerge.cli import cli
+from rawmerge.computing.factor_parts import PART_BYTES
+from rawmerge.computing.large_factors import HELD_ELEMENTS
+from rawmerge.computing.step_paths import StepPaths
+from rawmerge.engine.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS
 from rawmerge.errors import MemoryLimitError, MergeError
-from rawmerge.factor_parts import PART_BYTES
-from rawmerge.large_factors import HELD_ELEMENTS
-from rawmerge.memory import MemoryForecaster
-from rawmerge.memory_budget import MemoryBudget, choose_budget
-from rawmerge.memory_limit import MemoryLimit
+from rawmerge.memory import budget as memory_budget
+from rawmerge.memory import process_peak
+from rawmerge.memory.budget import MemoryBudget, choose_budget
+from rawmerge.memory.forecast import MemoryForecaster
+from rawmerge.memory.limit import MemoryLimit
+from rawmerge.memory.process_peak import PeakMeter, start_meter
 from rawmerge.native import kernel
-from rawmerge.process_peak import PeakMeter, start_meter
 from rawmerge.report import plan_text, summary_json, summary_text
 from rawmerge.run_options import RunOptions
-from rawmerge.step_paths import StepPaths
-from rawmerge.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS
 from tests.builders import PREFIX, folder_bytes, lora_pair, random_tensor, raw, read_all, write_adapter, write_base
 
 MEBIBYTE = 2**20
@@ -204,9 +205,9 @@ def test_the_kernel_alone_is_predicted_where_its_trials_are_known(wide: tuple[Pa
 @needs_kernel
 def test_torch_is_not_imported_where_it_has_no_room(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that overflows is torch's to judge; where that would break the limit, the merge ends instead."""
-    from rawmerge.computers import Computers
-    from rawmerge.step_paths import StepPaths
-    from rawmerge.tensor_source import OpenFiles
+    from rawmerge.computing.computers import Computers
+    from rawmerge.computing.step_paths import StepPaths
+    from rawmerge.inputs.tensor_source import OpenFiles
 
     budget = MemoryBudget(threads=1, limit=50 * 10**6, has_room_for_torch=False)
     with OpenFiles() as files, pytest.raises(MergeError, match=r"in 50\.00 MB"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rawmerge.byte_sizes import parse_bytes
-from rawmerge.memory_limit import group_limit
+from rawmerge.memory.limit import group_limit
 
 V2_MOUNT = "30 23 0:26 {root} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw"
 V1_MOUNT = "31 23 0:27 {root} /sys/fs/cgroup/memory rw,nosuid shared:5 - cgroup cgroup rw,memory"

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import rawmerge
-from rawmerge.adapter import is_adapter, read_adapter
 from rawmerge.errors import AdapterError, MissingFileError, PlanError, RefusedError, UnsupportedAdapterError
+from rawmerge.inputs.adapter import is_adapter, read_adapter
 from tests.builders import random_tensor, raw, read_all, write_base
 
 Tensors = dict[str, torch.Tensor]

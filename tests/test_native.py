@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rawmerge.blas_threads import BlasThreads
-from rawmerge.calibration import find_block
+from rawmerge.computing.blas_threads import BlasThreads
+from rawmerge.computing.calibration import find_block
 from rawmerge.native import PANEL, kernel
 from rawmerge.native.pair_kernel import PairKernel, pack_factor
 from rawmerge.native.recipe import Recipe

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from rawmerge.anonymous_memory import PAGE_BYTES
+from rawmerge.engine.anonymous_memory import PAGE_BYTES
+from rawmerge.engine.page_edges import PageEdges, cut_at_pages, place_in
+from rawmerge.engine.shard_writer import OutputFile
 from rawmerge.errors import InputChangedError
-from rawmerge.page_edges import PageEdges, cut_at_pages, place_in
+from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.shard_run import write_turns
-from rawmerge.shard_writer import OutputFile
-from rawmerge.tensor_source import OpenFiles
 
 SIZE = 5 * PAGE_BYTES + 1234
 

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import rawmerge
-from rawmerge.adapter import read_adapter
 from rawmerge.errors import AdapterError, InputChangedError, MissingFileError
+from rawmerge.inputs.adapter import read_adapter
 from tests.builders import lora_pair, raw, read_all, write_adapter
 
 BIN, TWIN = "adapter_model.bin", "adapter_model.safetensors"

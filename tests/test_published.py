@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import rawmerge
-from rawmerge import output_directory
 from rawmerge.errors import MergeError, OutputError
-from rawmerge.output_directory import PUBLISHED_NOTE, OutputPolicy, StagingDirectory
+from rawmerge.output import output_directory
+from rawmerge.output.output_directory import PUBLISHED_NOTE, OutputPolicy, StagingDirectory
 
 Paths = tuple[Path, Path]
 

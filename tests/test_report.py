@@ -26,6 +26,7 @@ from rawmerge.errors import (
 )
 from rawmerge.inspection import Inspection
 from rawmerge.merge_plan import MergePlan
+from rawmerge.output.side_files import LeftOut, SideFile
 from rawmerge.report import (
     error_json,
     error_text,
@@ -36,7 +37,6 @@ from rawmerge.report import (
     summary_text,
 )
 from rawmerge.run import MergeSummary
-from rawmerge.side_files import LeftOut, SideFile
 from tests.builders import lora_pair, random_tensor, write_adapter, write_base
 from tests.strategies import SETTINGS
 

@@ -16,13 +16,14 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import rawmerge
-from rawmerge import shard_identity, shard_run
+from rawmerge import shard_run
 from rawmerge.cli import cli
-from rawmerge.earlier_output import read_made_shards
 from rawmerge.errors import NothingChangedError
-from rawmerge.file_status import TICK_NS
+from rawmerge.inputs.file_status import TICK_NS
+from rawmerge.output import shard_identity
+from rawmerge.output.earlier_output import read_made_shards
+from rawmerge.output.shard_identity import ShardIdentities
 from rawmerge.run_options import RunOptions
-from rawmerge.shard_identity import ShardIdentities
 from tests.builders import (
     PREFIX,
     folder_bytes,

@@ -12,7 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawmerge.rounding import make_nans_canonical, may_overflow, newly_non_finite, round_into, round_through_odd
+from rawmerge.computing.rounding import (
+    make_nans_canonical,
+    may_overflow,
+    newly_non_finite,
+    round_into,
+    round_through_odd,
+)
 from tests.strategies import SETTINGS
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import rawmerge
-from rawmerge import engine as engine_module
+from rawmerge.engine import engine as engine_module
 from rawmerge.errors import (
     InputChangedError,
     MergeError,

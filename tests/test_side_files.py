@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawmerge import side_files
 from rawmerge.errors import AdapterError, MissingFileError
-from rawmerge.side_files import (
+from rawmerge.output import side_files
+from rawmerge.output.side_files import (
     MAX_NESTED_WEIGHT_BYTES,
     SideFile,
     differing_tokenizer_files,

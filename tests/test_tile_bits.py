@@ -11,11 +11,11 @@ from itertools import product
 import pytest
 import torch
 
+from rawmerge.computing.tile_computer import TileScratch
+from rawmerge.engine.tiles import TILE_ELEMENTS, is_low, tile_rows
 from rawmerge.methods.expert_lora import ExpertLoraMethod
 from rawmerge.methods.interface import TileContext
 from rawmerge.methods.lora import LoraMethod
-from rawmerge.tile_computer import TileScratch
-from rawmerge.tiles import TILE_ELEMENTS, is_low, tile_rows
 
 SHAPES = [
     (17, 100_000),

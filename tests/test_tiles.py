@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawmerge.tiles import ROW_BLOCK, TILE_ELEMENTS, elementwise_shape, matrix_shape, tile_rows
+from rawmerge.engine.tiles import ROW_BLOCK, TILE_ELEMENTS, elementwise_shape, matrix_shape, tile_rows
 from tests.strategies import SETTINGS
 
 LOWEST = 16  # fewer rows change bits: see the module

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rawmerge.computing.tile_computer import TileScratch
 from rawmerge.errors import NonFiniteTensorError
 from rawmerge.methods.interface import ModuleFacts, Shape, ShapeMismatchError, TileContext
 from rawmerge.methods.lora_bias import LoraBiasMethod
 from rawmerge.methods.token_rows import TokenRowsMethod
-from rawmerge.tile_computer import TileScratch
 from tests.builders import random_tensor, raw
 from tests.step_runs import Workbench
 from tests.strategies import SETTINGS

@@ -18,16 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rawmerge
+from rawmerge.computing.shared_tensors import SharedTensors, count_uses
+from rawmerge.computing.tile_computer import TileScratch, WindowedUpdate
+from rawmerge.engine.tiles import TILE_ELEMENTS
 from rawmerge.errors import PlanError
 from rawmerge.formats.shard_header import TensorEntry
+from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
 from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Update, UpdateTensor, Window, matrix_of
 from rawmerge.methods import ADAPTER_KINDS, KIND_FIELDS, METHODS
 from rawmerge.methods.interface import Scratch, Setting, TileContext
 from rawmerge.plan_json import format_plan, parse_plan
-from rawmerge.shared_tensors import SharedTensors, count_uses
-from rawmerge.tensor_source import OpenFiles, TensorSource
-from rawmerge.tile_computer import TileScratch, WindowedUpdate
-from rawmerge.tiles import TILE_ELEMENTS
 from tests.builders import merged, random_tensor, raw
 from tests.step_runs import Workbench
 from tests.strategies import SETTINGS

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rawmerge.shard_writer import OutputFile
-from rawmerge.tensor_source import OpenFiles, TensorSource
-from rawmerge.write_behind import WriteBehind
+from rawmerge.engine.shard_writer import OutputFile
+from rawmerge.engine.write_behind import WriteBehind
+from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
 from tests.builders import PREFIX, write_adapter, write_base
 from tests.page_cache import can_give_up_pages, resident_bytes
 

@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.errors import quote
 from rawmerge.families import Family, FusedPlace, auto_classes, family_of
 from rawmerge.formats.model_config import ModelConfig
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.places import Piece, Place, whole
-from rawmerge.tensor_source import TensorSource
 
 #: Experts in families that transformers' table does not list: projection -> (fused parameter, part, parts).
 _EXPERT_PARTS: Final = {

@@ -15,6 +15,7 @@ from typing import Final
 from rawmerge.errors import AdapterError, PlanError, Problem
 from rawmerge.formats.adapter_config import matches_target
 from rawmerge.formats.adapter_fields import lora_variants
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.module_tensors import ModuleTensors
 from rawmerge.matching.naming import NameResolver, Resolution, Target
@@ -25,7 +26,6 @@ from rawmerge.merge_plan import Setting, Update
 from rawmerge.methods.expert_lora import ExpertLoraMethod
 from rawmerge.methods.interface import ModuleFacts, Shape, ShapeMismatchError
 from rawmerge.methods.lora import LoraMethod
-from rawmerge.tensor_source import TensorSource
 
 KIND: Final = "expert_lora"
 #: In this order transformers' expert classes register their parameters.

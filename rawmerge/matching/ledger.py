@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from rawmerge.adapter import Adapter
-from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.errors import Problem, ProblemCollector, quote
 from rawmerge.formats.adapter_names import AdapterTensorName
+from rawmerge.inputs.adapter import Adapter
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.places import Piece, Place
 from rawmerge.merge_plan import AdapterUse, Update, Window
-from rawmerge.tensor_source import TensorSource
 
 
 @dataclass(frozen=True, slots=True)

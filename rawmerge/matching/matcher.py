@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from rawmerge.adapter import Adapter
-from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.errors import AdapterError, PlanError, Problem, UnsupportedAdapterError, quote
 from rawmerge.formats.adapter_fields import LORA
 from rawmerge.formats.adapter_names import (
@@ -18,6 +16,9 @@ from rawmerge.formats.adapter_names import (
     parse_adapter_names,
 )
 from rawmerge.formats.name_grammar import Grammar
+from rawmerge.inputs.adapter import Adapter
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.disk_names import DiskNames
 from rawmerge.matching.embedding_names import INPUT_EMBEDDINGS, module_of
 from rawmerge.matching.flat_names import unflatten
@@ -34,7 +35,6 @@ from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import AdapterUse, Update
 from rawmerge.methods import ADAPTER_KINDS
 from rawmerge.methods.interface import AdapterKind
-from rawmerge.tensor_source import TensorSource
 
 _STORED = frozenset({"stored", "stored_base", "saved_copy", "original_copy"})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rawmerge.errors import PlanError, Problem, UnsupportedAdapterError
 from rawmerge.formats.adapter_names import AdapterTensorName
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.embedding_names import INPUT_EMBEDDINGS, module_of
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.module_order import registration_order
@@ -28,7 +29,6 @@ from rawmerge.methods.interface import (
     TargetModule,
     UnmergeableError,
 )
-from rawmerge.tensor_source import TensorSource
 
 
 @dataclass(frozen=True, slots=True)

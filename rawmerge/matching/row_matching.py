@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from rawmerge.comparison import same_values
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import PlanError, Problem, quote
 from rawmerge.formats.adapter_config import matches_target
 from rawmerge.formats.adapter_fields import LORA
 from rawmerge.formats.adapter_names import AdapterTensorName
+from rawmerge.inputs.comparison import same_values
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place

@@ -10,12 +10,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from rawmerge.comparison import same_values, sample_rows_equal
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import PlanError, Problem, UnsupportedAdapterError, quote
 from rawmerge.formats.adapter_config import is_saved_module
 from rawmerge.formats.adapter_fields import changes_base
 from rawmerge.formats.adapter_names import AdapterTensorName
+from rawmerge.inputs.comparison import same_values, sample_rows_equal
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.embedding_names import EMBEDDINGS
 from rawmerge.matching.ledger import Addition, Ledger
 from rawmerge.matching.naming import NameResolver, Resolution, Target
@@ -24,7 +25,6 @@ from rawmerge.matching.tied_embeddings import Tie
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.matching.vocabulary import is_of_vocabulary
 from rawmerge.merge_options import OVERLAY
-from rawmerge.tensor_source import TensorSource
 
 #: Dtypes from fine to coarse; values are compared in the coarser one of two.
 _PRECISION: Final = ("F64", "F32", "F16", "BF16")

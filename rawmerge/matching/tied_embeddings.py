@@ -16,15 +16,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from rawmerge.comparison import same_transposed, same_values
 from rawmerge.errors import PlanError, Problem, UnsupportedAdapterError, quote
 from rawmerge.formats.model_config import ModelConfig
+from rawmerge.inputs.comparison import same_transposed, same_values
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.disk_names import DiskNames
 from rawmerge.matching.embedding_names import INPUT_EMBEDDINGS, module_of
 from rawmerge.matching.ledger import Addition, Ledger
 from rawmerge.matching.places import Place, whole
 from rawmerge.merge_plan import Update
-from rawmerge.tensor_source import TensorSource
 
 OUTPUT_EMBEDDING: Final = "lm_head.weight"
 #: Names of input embeddings in families whose ties are not followed.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rawmerge.base_checkpoint import BaseCheckpoint
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import Problem, quote
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.matching.disk_names import DiskNames
 from rawmerge.matching.naming import Resolution
 from rawmerge.matching.near_misses import suggest

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from rawmerge.engine.tiles import BLOCK_ELEMENTS
 from rawmerge.methods.interface import (
     COLUMNS,
     ROWS,
@@ -28,7 +29,6 @@ from rawmerge.methods.interface import (
 from rawmerge.methods.lora import PreparedLora
 from rawmerge.methods.movable import Movable
 from rawmerge.methods.row_magnitude import PreparedMagnitude
-from rawmerge.tiles import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     import torch

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from rawmerge.engine.tiles import ROW_BLOCK
 from rawmerge.formats.kind_fields import Field, KindFields, one_of
 from rawmerge.methods.delta import PreparedChange, upcast
 from rawmerge.methods.interface import (
@@ -27,7 +28,6 @@ from rawmerge.methods.interface import (
     TileContext,
     number,
 )
-from rawmerge.tiles import ROW_BLOCK
 
 if TYPE_CHECKING:
     import torch

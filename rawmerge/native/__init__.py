@@ -2,7 +2,7 @@
 
 It is optional: where it was not compiled, or the processor lacks AVX2, everything is computed by torch. A product's
 elements are chains of fused multiply-adds in blocks of the summed dimension. That is how torch's own library sums
-them on the processors it was measured on; `rawmerge.calibration` finds the block, or that there is none.
+them on the processors it was measured on; `rawmerge.computing.calibration` finds the block, or that there is none.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from rawmerge.anonymous_memory import anonymous_memory
+from rawmerge.engine.anonymous_memory import anonymous_memory
 from rawmerge.native import DTYPE_CODES, PANEL, kernel
 from rawmerge.native.recipe import Recipe
 

@@ -1,0 +1,297 @@
+"""One tensor being computed: its updates' tensors in memory, its tiles read, updated, rounded.
+
+The only module that does arithmetic on the base; importing it imports torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+
+from rawmerge.computing.blas_threads import BlasThreads
+from rawmerge.computing.device_tiles import updates_on
+from rawmerge.computing.devices import Device, Lane
+from rawmerge.computing.large_factors import left_role
+from rawmerge.computing.rounding import differs, make_nans_canonical, may_overflow, newly_non_finite, round_into
+from rawmerge.computing.shared_tensors import SharedTensors
+from rawmerge.computing.sliced_lora import SlicedLora
+from rawmerge.computing.tile_scratch import TileScratch as TileScratch  # the engine and tests take it from here
+from rawmerge.dtypes import DTYPES
+from rawmerge.engine.tiles import BLOCK_ELEMENTS, tile_rows
+from rawmerge.errors import NonFiniteTensorError, UnfitValuesError
+from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
+from rawmerge.merge_plan import ReplaceTensor, Update, UpdateTensor, Window, matrix_of
+from rawmerge.methods import METHODS
+from rawmerge.methods.interface import WHOLE, PreparedUpdate, Scratch, TileContext
+from rawmerge.methods.lora import PreparedLora
+from rawmerge.methods.movable import Movable
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """Return the torch dtype of a storage dtype code that tensors are read in: plain floats and integers."""
+    dtype = getattr(torch, DTYPES[code].torch_name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class WindowedUpdate(Movable):
+    """An update of a part of a tensor's matrix view; the update itself sees that part alone."""
+
+    inner: PreparedUpdate
+    window: Window
+
+    def apply(self, tile: torch.Tensor, first_row: int, scratch: Scratch) -> None:
+        """Change, in place, the rows and columns of `tile` (rows, columns) that lie in the window."""
+        window = self.window
+        start = max(first_row, window.row)
+        stop = min(first_row + tile.shape[0], window.row + window.row_count)
+        if start < stop:
+            part = tile[start - first_row : stop - first_row, window.columns(tile.shape[1])]
+            self.inner.apply(part, window.delta_row + start - window.row, scratch)
+
+
+class TensorComputer:
+    """Computes the tiles of one step, in any order, from any thread.
+
+    Attributes:
+        step: what is computed.
+        changed: whether an element is known to differ from what it was before the updates.
+    """
+
+    def __init__(
+        self,
+        step: UpdateTensor | ReplaceTensor,
+        files: OpenFiles,
+        shared: SharedTensors[torch.Tensor],
+        blas: BlasThreads,
+        compute_dtype: str,
+        device: Device | None = None,
+    ) -> None:
+        """Make the computer of a step; nothing is read yet.
+
+        Args:
+            step: what to compute.
+            files: where tensors are read from.
+            shared: the adapter's tensors that several steps use.
+            blas: the merge's thread count.
+            compute_dtype: `float32` or `float64`.
+            device: where updates are computed if they can be, None for the CPU.
+        """
+        self.step = step
+        self.changed = isinstance(step, ReplaceTensor)
+        self._matrix = matrix_of(step)
+        self._files = files
+        self._shared = shared
+        self._blas = blas
+        self._source_dtype = torch_dtype(step.source.dtype)
+        self._output_dtype = torch_dtype(step.entry.dtype)
+        base_dtype = torch_dtype(step.base_dtype) if isinstance(step, UpdateTensor) else self._source_dtype
+        is_double = compute_dtype == "float64" or torch.float64 in (base_dtype, self._output_dtype)
+        self._base_dtype = base_dtype
+        # PEFT, too, computes in float64 where the base is: it gives adapter tensors the base's dtype
+        self._tile_dtype = torch.float64 if is_double else torch.float32
+        # PEFT rounds some things to the base's dtype on the way; where it has no say, that would only lose precision
+        is_peft = base_dtype == self._output_dtype and compute_dtype == "float32"
+        self._rounding_dtype = base_dtype if is_peft else None
+        kinds = [update.kind for update in step.updates] if isinstance(step, UpdateTensor) else []
+        # float64 is rounded once only if it is rounded at all: results stored so are the CPU's own
+        place = None if self._output_dtype == torch.float64 else device
+        stored = (self._source_dtype, base_dtype, self._output_dtype)
+        self._there = updates_on(place, kinds, self._tile_dtype, stored)
+        self._lock = threading.Lock()
+        self._prepared: tuple[PreparedUpdate, ...] | None = None
+
+    def compute(self, first_row: int, row_count: int, scratch: TileScratch) -> memoryview:
+        """Return the finished bytes of a tile of one stretch; they stay valid until the thread's next tile.
+
+        Args:
+            first_row: the tile's first row.
+            row_count: how many rows.
+            scratch: the calling thread's buffers.
+
+        Raises:
+            NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
+            InputChangedError: a file ended early.
+        """
+        updates = self._updates()  # before the thread count is held still, which preparing may have to do itself
+        if self._there is not None:
+            result = self._there.attempt(updates, partial(self._compute_there, first_row, row_count))
+            if result is not None:
+                return _as_bytes(result)
+        return _as_bytes(self._compute_here(first_row, row_count, updates, scratch))
+
+    def _compute_here(
+        self, first_row: int, row_count: int, updates: Sequence[PreparedUpdate], scratch: TileScratch
+    ) -> torch.Tensor:
+        """Return a finished tile of one stretch, computed on the CPU."""
+        shape = (row_count, self._matrix.columns)
+        before = self._read_tile(first_row, shape, scratch)
+        result = scratch.tensor("result", shape, self._output_dtype)
+        stretch = self._matrix.stretch_at(first_row)
+        own = [updates[place] for place in stretch.updates]
+        # the whole of a low product must be PEFT's own call
+        is_whole = row_count == stretch.row_count and stretch.is_low
+        for first, count in [(0, row_count)] if is_whole else tile_rows(*shape, BLOCK_ELEMENTS):
+            block, rounded = before[first : first + count], result[first : first + count]
+            # other threads' counts cost time, and more of it in spinning; so only where bits depend on it
+            with self._blas.whole() if is_whole else nullcontext():
+                tile = self._update_block(block, first_row + first, own, scratch)
+            round_into(rounded, tile)
+            self._check(rounded, tile, block)
+        return result
+
+    def _compute_there(
+        self, first_row: int, row_count: int, lane: Lane, updates: Sequence[PreparedUpdate], elements: int
+    ) -> torch.Tensor:
+        """Return the same, computed on a device, so many elements at a time; it lies in the CPU's memory."""
+        shape = (row_count, self._matrix.columns)
+        before = self._read_tile(first_row, shape, lane.host)
+        result = lane.host.tensor("result", shape, self._output_dtype)
+        own = [updates[place] for place in self._matrix.stretch_at(first_row).updates]
+        with lane.working():
+            for first, count in tile_rows(*shape, elements):
+                block = lane.upload(before[first : first + count])
+                tile = self._update_block(block, first_row + first, own, lane.scratch)
+                rounded = lane.scratch.tensor("result", (count, shape[1]), self._output_dtype)
+                round_into(rounded, tile)
+                self._check(rounded, tile, block)
+                lane.download(rounded, result[first : first + count])
+        return result
+
+    def _update_block(
+        self, before: torch.Tensor, first_row: int, updates: Iterable[PreparedUpdate], scratch: TileScratch
+    ) -> torch.Tensor:
+        """Return the block (rows, columns) after its updates, in compute dtype."""
+        rows, columns = before.shape
+        tile = scratch.tensor("tile", (rows, columns), self._tile_dtype)
+        tile.copy_(before)
+        for update in updates:
+            update.apply(tile, first_row, scratch)
+        return tile
+
+    def _read_tile(self, first_row: int, shape: tuple[int, int], scratch: TileScratch) -> torch.Tensor:
+        """Return the rows as they are before the updates, in the dtype in which PEFT would hold them."""
+        overlay = self.step.overlay if isinstance(self.step, UpdateTensor) else None
+        overlay_rows = prod(overlay.shape) // shape[1] - first_row if overlay else 0
+        if overlay is None or overlay_rows <= 0:
+            stored = self._read_rows(self.step.source, first_row, shape, scratch)
+            if self._rounding_dtype in (None, self._source_dtype):
+                return stored
+            rounded = scratch.tensor("before", shape, self._rounding_dtype)
+            round_into(rounded, stored)
+            return rounded
+        before = scratch.tensor("before", shape, self._rounding_dtype or self._tile_dtype)
+        upper = min(overlay_rows, shape[0])
+        round_into(before[:upper], self._read_rows(overlay, first_row, (upper, shape[1]), scratch))
+        lower = shape[0] - upper, shape[1]
+        round_into(before[upper:], self._read_rows(self.step.source, first_row + upper, lower, scratch))
+        return before
+
+    def _read_rows(
+        self, source: TensorSource, first_row: int, shape: tuple[int, int], scratch: TileScratch
+    ) -> torch.Tensor:
+        """Return rows of a stored tensor, in its own dtype; they stay valid until the thread's next read."""
+        stored = scratch.tensor("stored", shape, torch_dtype(source.dtype))
+        offset = source.offset + first_row * shape[1] * stored.itemsize
+        self._files.read_into(source.path, offset, _as_bytes(stored))
+        return stored
+
+    def _check(self, result: torch.Tensor, tile: torch.Tensor, before: torch.Tensor) -> None:
+        if may_overflow(tile, self._output_dtype):
+            if newly_non_finite(result, before):
+                raise NonFiniteTensorError(self.step.entry.name, self.step.entry.dtype)
+            make_nans_canonical(result)
+        has_updates = isinstance(self.step, UpdateTensor) and self.step.updates
+        # a tensor of NaNs counts as changed: it is no evidence of a lost delta
+        if not self.changed and has_updates and differs(result, before, tile.dtype):
+            self.changed = True  # never back to False: another thread's tile may have changed meanwhile
+
+    def _updates(self) -> tuple[PreparedUpdate, ...]:
+        with self._lock:
+            if self._prepared is None:
+                self._prepared = tuple(self._prepare())
+            return self._prepared
+
+    def _prepare(self) -> Iterator[PreparedUpdate]:
+        earlier: list[tuple[int, PreparedUpdate]] = []
+        for place, update in enumerate(self.step.updates if isinstance(self.step, UpdateTensor) else ()):
+            sliced = left_role(update) if self._there is None else ""
+            held = {role: source for role, source in update.tensors.items() if role != sliced}
+            tensors = {role: self._shared.read(source, self._read_tensor) for role, source in held.items()}
+            tensors |= {sliced: torch.empty(0)} if sliced else {}
+            context = TileContext(
+                shape=self._shape_of(update.window),
+                compute_dtype=self._tile_dtype,
+                rounding_dtype=self._rounding_dtype,
+                base_dtype=self._base_dtype,
+                tiles=partial(self._base_tiles, tuple(earlier), update.window),
+            )
+            # what sees the whole tensor makes PEFT's own calls, threads included; one at a time, for its memory
+            is_whole = update.reach == WHOLE or any(stretch.is_low for stretch in self._matrix.stretches)
+            with self._blas.whole() if is_whole else nullcontext():
+                prepared = self._prepared_update(update, tensors, context)
+            if sliced and isinstance(prepared, PreparedLora):
+                prepared = SlicedLora(prepared, update.tensors[sliced], self._read_part)
+            windowed = WindowedUpdate(prepared, update.window) if update.window else prepared
+            earlier.append((place, windowed))
+            yield windowed
+
+    def _prepared_update(
+        self, update: Update, tensors: Mapping[str, torch.Tensor], context: TileContext
+    ) -> PreparedUpdate:
+        try:
+            return METHODS[update.kind].prepare(update.settings, tensors, context)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not mark it public
+            found = f"base or adapter values that have none ({error})"
+            raise UnfitValuesError(self.step.entry.name, "a decomposition", found) from error
+
+    def _shape_of(self, window: Window | None) -> tuple[int, ...]:
+        """Return the shape that an update meets."""
+        shape = self.step.source.shape
+        if window is None or not shape:
+            return shape
+        columns = len(range(self._matrix.columns)[window.columns(self._matrix.columns)])
+        return (window.row_count, *(shape[1:] if columns == prod(shape[1:]) else (columns,)))
+
+    def _base_tiles(
+        self, earlier: Sequence[tuple[int, PreparedUpdate]], window: Window | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first row, rows) of what an update meets, after the updates before it."""
+        scratch, columns = TileScratch(), self._matrix.columns
+        part = window or Window(0, self._matrix.rows)
+        for first, count in self._matrix.tiles(BLOCK_ELEMENTS):
+            start, stop = max(first, part.row), min(first + count, part.row + part.row_count)
+            if start >= stop:
+                continue
+            tile = scratch.tensor("tile", (count, columns), self._tile_dtype)
+            tile.copy_(self._read_tile(first, (count, columns), scratch))
+            for place, update in earlier:
+                if place in self._matrix.stretch_at(first).updates:
+                    update.apply(tile, first, scratch)
+            yield start - part.row, tile[start - first : stop - first, part.columns(columns)]
+
+    def _read_part(self, source: TensorSource, first: int, count: int, is_columns: bool) -> torch.Tensor:
+        """Return some rows of a stored matrix, or some of its columns, as a matrix of its own."""
+        if not is_columns:
+            return self._read_tensor(source.rows(first, count))
+        part = torch.empty(source.shape[0], count, dtype=torch_dtype(source.dtype))
+        for number, row in enumerate(part):
+            offset = source.offset + (number * source.shape[1] + first) * part.itemsize
+            self._files.read_into(source.path, offset, _as_bytes(row))
+        return part
+
+    def _read_tensor(self, source: TensorSource) -> torch.Tensor:
+        tensor = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
+        self._files.read_into(source.path, source.offset, _as_bytes(tensor))
+        return tensor
+
+
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,1 @@
+"""Merges whose base gives way to the output, and that go on where they were cut off."""

@@ -1,0 +1,89 @@
+"""A merge that consumed its base and is done: its base cannot be planned again, but its output tells that it is there.
+
+The record names no folders, so this is told of a base by its index, its config and the shards that it lacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rawmerge.errors import Problem, RefusedError, quote
+from rawmerge.formats.config_text import CONFIG_NAME
+from rawmerge.formats.weight_map import INDEX_NAME, MAX_INDEX_BYTES, parse_weight_map
+from rawmerge.inputs.adapter import Adapter, read_adapter
+from rawmerge.inputs.identity import RECORD_NAME, merged_adapters, read_record
+from rawmerge.inputs.tensor_source import read_small_file
+from rawmerge.merge_options import MergeOptions
+from rawmerge.output.record import RECORD_FORMAT, options_record
+
+
+def finished_merge(output: Path, base: Path, adapter: Path, options: MergeOptions) -> Problem | None:
+    """Return why a merge need not be done again; None where the output's record does not prove that it is this one's.
+
+    Args:
+        output: the directory to make.
+        base: where the base was.
+        adapter: the adapter's local directory or file.
+        options: the choices of the command.
+    """
+    record = read_record(output).fields if output.is_dir() else {}
+    if record.get("format") != RECORD_FORMAT:
+        return None
+    with suppress(RefusedError, OSError, LookupError, TypeError, AttributeError):  # a record may be anyone's
+        if _has_options(record, options) and _has_adapter(record, read_adapter(adapter)):
+            missing = _consumed_shards(record, output, base)
+            return _problem(output, base, missing) if missing else None
+    return None
+
+
+def _problem(output: Path, base: Path, missing: int) -> Problem:
+    gone = "1 shard is" if missing == 1 else f"{missing} shards are"
+    found = (
+        f"this very merge, finished: by its {RECORD_NAME} it is made of this adapter, with these options, and of the "
+        f"base in {quote(base)}, of which {gone} gone, as --consume-base leaves it"
+    )
+    return Problem(
+        str(output),
+        "a merge that is still to be done",
+        found,
+        "nothing is left to do: this is its output; if that base is another one, fetch it whole",
+    )
+
+
+def _has_options(record: Mapping[str, Any], options: MergeOptions) -> bool:
+    return {name: value for name, value in record["options"].items() if name != "device"} == options_record(options)
+
+
+def _has_adapter(record: Mapping[str, Any], adapter: Adapter) -> bool:
+    (merged,) = record["adapters"]
+    with adapter.weights.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    is_config = merged["config_sha256"] == _sha256(adapter.config_text.encode())
+    return is_config and merged_adapters({"adapters": [merged]}) == {digest}
+
+
+def _consumed_shards(record: Mapping[str, Any], output: Path, base: Path) -> int:
+    """Return how many of the record's base shards are gone from a base that is otherwise the record's; else 0."""
+    folder = base if base.is_dir() else base.parent
+    names = {str(shard["name"]) for shard in record["base"]["shards"]}
+    config = folder / CONFIG_NAME
+    is_same = config.is_file() and record["base"]["config_sha256"] == _sha256(read_small_file(config))
+    if not is_same or _indexed(folder) not in (set(), names) or not all((output / name).is_file() for name in names):
+        return 0
+    return sum(not (folder / name).exists() for name in names)
+
+
+def _indexed(folder: Path) -> set[str]:
+    """Return the shards that a folder's index names; none without an index."""
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return set()
+    return set(parse_weight_map(read_small_file(path, MAX_INDEX_BYTES), str(path)).shard_names)
+
+
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest() if raw else ""

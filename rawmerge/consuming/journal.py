@@ -1,0 +1,168 @@
+"""What a merge that consumes its base has done so far, so that it can be finished after a crash.
+
+The journal is a file of JSON lines that only grows; each line is durable before what it allows is done. The first holds
+all that is needed to go on without the base shards that are gone, above all the plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from rawmerge.errors import OutputError, Problem, RefusedError
+from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
+from rawmerge.inputs.file_status import FileStatus
+from rawmerge.merge_plan import MergePlan
+from rawmerge.output.output_directory import sync_directory
+from rawmerge.plan_json import format_plan, parse_plan
+
+FORMAT: Final = "rawmerge-journal-1"
+JOURNAL_NAME: Final = "journal.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What the merge was when it began; the same must hold when it goes on.
+
+    Attributes:
+        plan: what it writes.
+        means: by name, what else decides the output's bits: versions, device.
+        base: base shard to its status: no other file is ever deleted.
+        adapter: file of the adapter to the SHA-256 of its content.
+    """
+
+    plan: MergePlan
+    means: Mapping[str, str]
+    base: Mapping[str, FileStatus]
+    adapter: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class Journal:
+    """The journal of one merge.
+
+    Attributes:
+        path: the file.
+        beginning: what the merge was when it began.
+        is_prepared: all files but the shards are durable.
+        finished: durable output shard to its updated tensors of which no element differs from the base.
+        has_changed: a tensor of a finished shard differs from the base's.
+        deleted: base shard to the output shard after which it was deleted, or was about to be.
+        is_complete: only publishing is left.
+        failed_tensor: output tensor whose values allow no merge, so that going on would fail again; else empty.
+    """
+
+    path: Path
+    beginning: Beginning
+    is_prepared: bool = False
+    finished: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    has_changed: bool = False
+    deleted: dict[str, str] = field(default_factory=dict)
+    is_complete: bool = False
+    failed_tensor: str = ""
+
+    def begin(self) -> None:
+        """Write the first line, durably with the folder; the file must not exist."""
+        document = {
+            "format": FORMAT,
+            "means": dict(self.beginning.means),
+            "base": self.beginning.base,
+            "adapter": dict(self.beginning.adapter),
+            "plan": json.loads(format_plan(self.beginning.plan)),
+        }
+        self._append(document)
+        sync_directory(self.path.parent)
+        sync_directory(self.path.parent.parent)
+
+    def prepared(self) -> None:
+        """Note that all files but the shards are durable."""
+        self._note({"prepared": True})
+
+    def finish(self, shard_name: str, unchanged: tuple[str, ...], *, changes: bool) -> None:
+        """Note that an output shard is durable, and whether it differs from the base."""
+        self._note({"finished": shard_name, "unchanged": unchanged, "changes": changes})
+
+    def delete(self, base_path: str, shard_name: str) -> None:
+        """Note that a base shard is about to be deleted, now that an output shard has taken its place."""
+        self._note({"deleted": base_path, "after": shard_name})
+
+    def complete(self) -> None:
+        """Note that the output only has to be published."""
+        self._note({"complete": True})
+
+    def fail(self, tensor_name: str) -> None:
+        """Note that the values of a tensor allow no merge."""
+        self._note({"failed": tensor_name})
+
+    def apply(self, line: Mapping[str, Any]) -> None:
+        """Take over what a line says; KeyError or TypeError: it is none of this journal's."""
+        if "finished" in line:
+            self.finished[line["finished"]] = tuple(line["unchanged"])
+            self.has_changed |= line["changes"]
+        elif "deleted" in line:
+            self.deleted[line["deleted"]] = line["after"]
+        elif "prepared" in line:
+            self.is_prepared = line["prepared"]
+        elif "failed" in line:
+            self.failed_tensor = line["failed"]
+        else:
+            self.is_complete = line["complete"]
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        self._append(line)
+        self.apply(line)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        with os.fdopen(os.open(self.path, flags, 0o666), "ab", buffering=0) as file:
+            raw = memoryview((json.dumps(line) + "\n").encode())
+            while raw:
+                raw = raw[file.write(raw) :]
+            os.fsync(file.fileno())
+
+
+def read_journal(folder: Path) -> Journal | None:
+    """Return the journal in `folder`; None where there is none, or where the crash came before its first line.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    path = folder / JOURNAL_NAME
+    if not os.path.exists(path):  # noqa: PTH110  # false for a name that no file can have, which Path says loudly
+        return None
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was not written whole
+        return _parse(path, lines) if lines else None
+    except (OSError, RefusedError, StrictJsonError, LookupError, TypeError, ValueError, AttributeError) as error:
+        hint = (
+            "it may be another version's, or damaged; the folder holds the only copy of what is no longer in the base"
+        )
+        raise OutputError(Problem(str(path), "the journal of an unfinished merge", str(error)[:200], hint)) from error
+
+
+def drop_half_line(journal: Journal) -> None:
+    """Cut off a line that a crash left unfinished, before more are written."""
+    raw = journal.path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        os.truncate(journal.path, whole)
+
+
+def _parse(path: Path, lines: list[bytes]) -> Journal:
+    first, *more = map(parse_json_object, lines)
+    if first["format"] != FORMAT:
+        raise ValueError(f"expected {FORMAT}")
+    beginning = Beginning(
+        plan=parse_plan(json.dumps(first["plan"])),
+        means=first["means"],
+        base={name: FileStatus(*status) for name, status in first["base"].items()},
+        adapter=first["adapter"],
+    )
+    journal = Journal(path, beginning)
+    for line in more:
+        journal.apply(line)
+    return journal

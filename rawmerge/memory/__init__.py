@@ -1,0 +1,1 @@
+"""How much memory a merge may take, and what it is predicted to take."""

@@ -1,0 +1,1 @@
+"""The directory that is made: its files beside the tensors, and shards that need not be made."""
