@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "rawmerge"
 
-#: Module (without `rawmerge.`) to its floor; README draws the same picture. A subject's package (`engine`) has modules on
-#: several floors; one that is named here whole (`formats`) is a single room.
+#: Module (without `rawmerge.`) to its floor; README draws the same picture. A subject's package (`engine`) has modules
+#: on several floors; one that is named here whole (`formats`) is a single room.
 FLOORS = {
     "_version": 0,
     "byte_sizes": 0,
