@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from rawmerge._version import __version__
 
 if TYPE_CHECKING:
-    from rawmerge.api import inspect_path, merge_adapter, plan_merge
+    from rawmerge.api import inspect_path, merge_adapter, plan_merge, verify_merge
     from rawmerge.engine.jobs import Progress
     from rawmerge.errors import MergeError, Problem, RawmergeError, RefusedError, VerificationError
     from rawmerge.inspection import Inspection
     from rawmerge.merge_plan import MergePlan
     from rawmerge.plan_json import format_plan, parse_plan
     from rawmerge.run import MergeSummary, run_plan
+    from rawmerge.verifying.findings import Verification
 
 __all__ = [
     "Inspection",
@@ -32,6 +33,7 @@ __all__ = [
     "Progress",
     "RawmergeError",
     "RefusedError",
+    "Verification",
     "VerificationError",
     "__version__",
     "format_plan",
@@ -40,6 +42,7 @@ __all__ = [
     "parse_plan",
     "plan_merge",
     "run_plan",
+    "verify_merge",
 ]
 
 _HOMES = {
@@ -51,6 +54,7 @@ _HOMES = {
     "Progress": "engine.jobs",
     "RawmergeError": "errors",
     "RefusedError": "errors",
+    "Verification": "verifying.findings",
     "VerificationError": "errors",
     "format_plan": "plan_json",
     "inspect_path": "api",
@@ -58,6 +62,7 @@ _HOMES = {
     "parse_plan": "plan_json",
     "plan_merge": "api",
     "run_plan": "run",
+    "verify_merge": "api",
 }
 
 

@@ -11,7 +11,7 @@ from rawmerge.consuming.finished_merge import finished_merge
 from rawmerge.consuming.plan_difference import difference
 from rawmerge.consuming.unfinished import unfinished_plan
 from rawmerge.engine.jobs import ProgressCallback
-from rawmerge.errors import MissingFileError, OutputError, Problem, quote
+from rawmerge.errors import MergeError, MissingFileError, OutputError, Problem, quote
 from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.weight_map import INDEX_NAME
@@ -21,7 +21,9 @@ from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
 from rawmerge.plan import make_plan
 from rawmerge.run import MergeSummary, run_plan
-from rawmerge.run_options import RunChoices
+from rawmerge.run_options import ReplayChoices, RunChoices, RunOptions
+from rawmerge.verifying.findings import Verification
+from rawmerge.verifying.verification import options_to_verify, verify_against, verify_alone
 
 
 def plan_merge(
@@ -164,7 +166,8 @@ def merge_adapter(
             with `consume_base`: then the same call goes on.
         choices: how the plan is carried out, none of which changes a bit on the CPU: `overwrite: bool`,
             `threads: int | None`, `max_memory: int | None` in bytes, `device: str` (`cpu`, `cuda`, `cuda:1`, `mps`),
-            `link: bool`, `consume_base: bool`, `reuse: bool`, `without: Collection[str]`; see `RunOptions`.
+            `link: bool`, `consume_base: bool`, `reuse: bool`, `verify: bool`, `checksum: bool`,
+            `without: Collection[str]`; see `RunOptions`.
 
     Raises:
         RefusedError: nothing was written; reasons in `.problems`.
@@ -174,6 +177,59 @@ def merge_adapter(
     options = merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
     plan = plan_for_output(base, adapter, output, options, consumes=choices.get("consume_base", False))
     return run_plan(plan, Path(output), progress=progress, **choices)
+
+
+def verify_merge(
+    output: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    compute_dtype: str | None = None,
+    dtype: str | None = None,
+    vocab: str | None = None,
+    tokenizer: str | None = None,
+    moe_lora_b_layout: str | None = None,
+    tolerance: float = 0,
+    progress: ProgressCallback | None = None,
+    **choices: Unpack[ReplayChoices],
+) -> Verification:
+    """Tell whether `output` is what base and adapter give; nothing is written, and no more is held than by a merge.
+
+    With base and adapter, every tensor is computed again and compared bit for bit, whoever merged them and however the
+    output is cut into shards. Without them, headers, index, config and record are compared with each other.
+
+    Args:
+        output: directory or safetensors file.
+        base: see `plan_merge`; None, as `adapter`, to look at the output alone.
+        adapter: see `plan_merge`.
+        compute_dtype: see `plan_merge`; None for what the output's record tells, else `float32`. The same goes for
+            `dtype`, `vocab`, `tokenizer` and `moe_lora_b_layout`.
+        dtype: see `plan_merge`.
+        vocab: see `plan_merge`.
+        tokenizer: see `plan_merge`.
+        moe_lora_b_layout: see `plan_merge`.
+        tolerance: distance that passes in tensors that the adapter changes, in units in the last place of the larger
+            of the expected value and the base's. Tensors that it does not change must be equal.
+        progress: called as bytes are compared; an exception from it ends the verification.
+        choices: `threads`, `max_memory` and `without`, as in `RunOptions`.
+
+    Raises:
+        RefusedError: base and adapter allow no merge. MergeError: the merge cannot be computed, or a file cannot be
+            read. ValueError: an option is none of its choices, or one of base and adapter is missing.
+    """
+    if (base is None) != (adapter is None):
+        raise ValueError("base and adapter go together")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be a number of at least 0, not {tolerance!r}")
+    at = Path(output).expanduser()
+    if base is None or adapter is None:
+        return verify_alone(at)
+    given = {"compute_dtype": compute_dtype, "output_dtype": dtype, "vocab": vocab, "tokenizer": tokenizer}
+    plan = _plan(base, adapter, options_to_verify(at, {**given, "moe_lora_b_layout": moe_lora_b_layout}))
+    try:
+        return verify_against(at, plan, RunOptions(**choices), tolerance=tolerance, report=progress)
+    except OSError as error:
+        raise MergeError(f"{quote(error.filename or at)}: {error.strerror or error}; it was not verified") from error
 
 
 def inspect_path(path: str | os.PathLike[str]) -> Inspection:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +16,21 @@ from typing import Any, NoReturn
 import click
 
 import rawmerge
-from rawmerge.command_options import ADAPTER, BASE, DEVICE, JSON, MAX_MEMORY, THREADS, WITHOUT, plan_options
-from rawmerge.errors import RawmergeError
+from rawmerge.command_options import (
+    ADAPTER,
+    BASE,
+    DEVICE,
+    JSON,
+    MAX_MEMORY,
+    THREADS,
+    TOLERANCE,
+    WITHOUT,
+    plan_options,
+    replay_options,
+)
+from rawmerge.errors import RawmergeError, VerificationError
 from rawmerge.output.output_directory import PUBLISHED_NOTE
+from rawmerge.progress_bar import progress_bar
 from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.signals import Ended
 
@@ -97,8 +109,7 @@ def cli() -> None:
     BASE and ADAPTER are directories, safetensors files, or hub ids (org/name[@revision]).
 
     Exit codes: 0 done, 2 usage, 3 refused and nothing written, 4 failed while writing and nothing published,
-    1 a bug of ours; 5 the demo, which alone verifies its output, found differences; 130 and 143 interrupted by Ctrl-C
-    or SIGTERM, and by 128 and their number other signals.
+    5 verification found differences, 1 a bug of ours; 130 and 143 interrupted by Ctrl-C or SIGTERM.
     """
 
 
@@ -118,6 +129,8 @@ def cli() -> None:
     help="Delete each shard of BASE once its successor is written; the same command goes on after a crash.",
 )
 @click.option("--no-reuse", is_flag=True, help="With --overwrite: make shards anew that would come out as they are.")
+@click.option("--checksum", is_flag=True, help="Write SHA256SUMS, for `sha256sum -c`.")
+@click.option("--verify", is_flag=True, help="Read the output back and compute it again, before it is published.")
 @WITHOUT
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @JSON
@@ -132,6 +145,8 @@ def merge(
     link: bool,
     consume_base: bool,
     no_reuse: bool,
+    checksum: bool,
+    verify: bool,
     without: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
@@ -149,6 +164,7 @@ def merge(
         raise click.UsageError("--no-reuse goes with --overwrite: without an output there is nothing to reuse.")
     choices: RunChoices = {"overwrite": overwrite, "threads": threads, "max_memory": max_memory, "without": without}
     choices |= {"device": device, "link": link, "consume_base": consume_base, "reuse": not no_reuse}
+    choices |= {"verify": verify, "checksum": checksum}
     plan = plan_for_output(base, adapter, output, merge_options(**options), consumes=consume_base)
     if dry_run:
         for note in check_run(plan, output, **choices):
@@ -161,7 +177,7 @@ def merge(
     gc.freeze()  # what the start made stays
     gc.enable()
     with _told_if_published(output):
-        with _progress_bar(plan.tensor_bytes) as progress:
+        with progress_bar(plan.tensor_bytes) as progress:
             summary = rawmerge.run_plan(plan, output, progress=progress, **choices)
         for note in summary.notes[len(plan.notes) :]:
             _say(f"note: {note}", err=True)
@@ -214,6 +230,32 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--base", help="The base that it was made from; with --adapter.")
+@click.option("--adapter", help="The adapter that it was made from; with --base.")
+@replay_options
+@TOLERANCE
+@THREADS
+@MAX_MEMORY
+@WITHOUT
+@JSON
+def verify(output: Path, base: str | None, adapter: str | None, as_json: bool, **options: Any) -> None:
+    """Tell whether OUTPUT is what base and adapter give, bit for bit; exit code 5 with what differs.
+
+    OUTPUT may be made by any program, and be cut into shards otherwise. Without --base and --adapter its headers,
+    index, config and record are compared with each other, and no value is looked at.
+    """
+    from rawmerge.report import verification_json, verification_text
+
+    if (base is None) != (adapter is None):
+        raise click.UsageError("--base and --adapter go together.")
+    with progress_bar(0) as progress:
+        made = rawmerge.verify_merge(output, base, adapter, progress=progress, **options)
+    _say(verification_json(made) if as_json else verification_text(made))
+    click.get_current_context().exit(VerificationError.exit_code if made.findings else 0)
+
+
+@cli.command()
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @JSON
 def demo(directory: Path | None, as_json: bool) -> None:
@@ -231,28 +273,6 @@ def demo(directory: Path | None, as_json: bool) -> None:
 
     result = run_demo(directory or free_directory(Path("rawmerge-demo")), tell)
     _say(json.dumps(result) if as_json else result["output"])
-
-
-@contextmanager
-def _progress_bar(total_bytes: int) -> Iterator[Callable[[rawmerge.Progress], None] | None]:
-    """Yield a callback that draws a bar on a terminal; None where stderr is none."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    # some terminals, such as those that record a session, say that they have no columns or lines: tqdm draws nothing
-    columns, lines = os.get_terminal_size(sys.stderr.fileno())
-    size: dict[str, Any] = (
-        {"dynamic_ncols": True} if columns and lines else {"ncols": columns or 80, "nrows": lines or 24}
-    )
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False, **size) as bar:
-
-        def show(progress: rawmerge.Progress) -> None:
-            bar.set_description_str(progress.tensor_name[-48:], refresh=False)
-            bar.update(progress.done_bytes - bar.n)
-
-        yield show
 
 
 def main() -> NoReturn:

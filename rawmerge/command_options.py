@@ -65,6 +65,27 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def replay_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that decide an output's bytes; the output's record tells those that are not given."""
+    recorded = "  [default: what the output's record tells, else the merge's own]"
+    for flag, choices, text in (
+        ("--moe-lora-b-layout", LAYOUTS, "Order of lora_B's columns on fused experts."),
+        ("--tokenizer", TOKENIZERS, "Whose tokenizer it got."),
+        ("--vocab", [OVERLAY], "What became of a smaller vocabulary."),
+        ("--compute-dtype", COMPUTE_DTYPES, "In what it was summed."),
+        ("--dtype", list(OUTPUT_DTYPES), "In what float tensors are stored."),
+    ):
+        command = click.option(flag, type=click.Choice(choices), help=text + recorded)(command)
+    return command
+
+
+TOLERANCE = click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, max=1024),
+    default=0.0,
+    metavar="ULPS",
+    help="Let tensors that the adapter changes be so far off, in units in the last place.  [default: 0, bit for bit]",
+)
 _DEVICE_HELP = (
     "Where updates are computed: cpu, cuda, cuda:1 or mps. On others than cpu, float64 gives the same bytes as there, "
     "float32 nearly so."

@@ -170,9 +170,16 @@ class InputChangedError(MergeError):
 
 
 class VerificationError(RawmergeError):
-    """The output is not what an independent computation says it should be."""
+    """The output is not what base and adapter give; `problems` says in what, where it can be told in parts."""
 
     exit_code: ClassVar[int] = 5
+
+    def __init__(self, message: str, problems: Iterable[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join([self.args[0], *(f"  - {problem}" for problem in self.problems)])
 
 
 class ProblemCollector:

@@ -64,6 +64,13 @@ class Update:
     reach: str = ROWS
     working_bytes: int = 0
 
+    @property
+    def rank(self) -> int:
+        """The rank of a product of two factors, 0 where there is none."""
+        ranks = [source.shape[0] for role, source in self.tensors.items() if role.endswith("_a") and source.shape]
+        stated = self.settings.get("rank")
+        return stated if isinstance(stated, int) and stated else min(ranks, default=0)
+
 
 @dataclass(frozen=True, slots=True)
 class KeepTensor:

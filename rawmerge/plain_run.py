@@ -8,12 +8,14 @@ from pathlib import Path
 from rawmerge.errors import NothingChangedError
 from rawmerge.inputs.input_check import check_inputs
 from rawmerge.output.earlier_output import statuses
+from rawmerge.output.manifest import MANIFEST_NAME
 from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, updated_names
 from rawmerge.output.output_directory import StagingDirectory
 from rawmerge.output.shard_origins import ShardOrigins, remember_output
 from rawmerge.output.small_files import write_small_files
 from rawmerge.run_request import RunRequest
 from rawmerge.shard_run import ShardRun
+from rawmerge.verifying.verification import verify_staged
 
 
 def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
@@ -24,14 +26,20 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
         origins: shards that need not be made.
 
     Raises:
-        MergeError: the inputs changed, or the merge failed; OSError: a file operation did. Nothing was published.
+        MergeError: the inputs changed, or the merge failed; OSError: a file operation did; VerificationError: what was
+            written is not what was computed. Nothing was published.
     """
     plan = request.plan
     with StagingDirectory(request.output) as staging:
         check_inputs(plan.base_files, plan.adapter_files)
-        changed = _write_files(request, origins, staging)
+        with request.with_manifest(staging.path) as listed:
+            changed = _write_files(listed, origins, staging)
+            if listed.manifest:
+                staging.write_bytes(MANIFEST_NAME, listed.manifest.raw())
         if not (changed or has_other_tensors(plan) or _any_replacement_differs(request, staging.path)):
             raise NothingChangedError
+        if request.options.verify:
+            verify_staged(staging.path, plan, request.options, request.report_to_end)
         staged = statuses(staging.path, (shard.name for shard in plan.shards if shard.name not in origins.links))
         request.signals.let_through()
         staging.publish(request.policy)

@@ -7,10 +7,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from math import isfinite
 from typing import Any, Final
 
 from rawmerge.byte_sizes import format_bytes
-from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError
+from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError, quote
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inspection import Inspection
 from rawmerge.memory.budget import choose_budget
@@ -21,6 +22,7 @@ from rawmerge.output.outcome import count_steps
 from rawmerge.plan_json import format_plan
 from rawmerge.run import MergeSummary
 from rawmerge.run_options import RunOptions
+from rawmerge.verifying.findings import Verification
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAX_PROBLEMS: Final = 20
@@ -70,7 +72,8 @@ def summary_text(summary: MergeSummary) -> str:
     done = ", ".join(f"{count} {what}" for what, count in summary.counts.items() if count)
     shards = {"linked": summary.linked, "reused": summary.reused, "deleted from the base": summary.consumed}
     ways = "".join(f", {count} shard{'s'[: count != 1]} {what}" for what, count in shards.items() if count)
-    lines = [f"{done}{ways}; {_speed_text(summary)}"]
+    verified = "; read back and verified" if summary.verified else ""
+    lines = [f"{done}{ways}; {_speed_text(summary)}{verified}"]
     if peaks := [
         f"{format_bytes(count)} {what}"
         for count, what in ((summary.measured_peak_bytes, "at the peak"), (summary.predicted_peak_bytes, "predicted"))
@@ -130,6 +133,41 @@ def left_out_lines(plan: MergePlan) -> list[str]:
 def summary_json(summary: MergeSummary) -> str:
     """Return a summary as one JSON object."""
     return json.dumps(dataclasses.asdict(summary))
+
+
+def verification_text(made: Verification) -> str:
+    """Return what a verification found, in lines for people."""
+    elements = f"{made.tensor_count} tensors, {made.element_count} elements"
+    if made.findings:
+        lines = [f"{quote(made.output)}: {len(made.findings)} findings in {elements}"]
+        lines += [f"  - {finding}" for finding in made.findings[:_MAX_PROBLEMS]]
+        if len(made.findings) > _MAX_PROBLEMS:
+            lines.append(f"  and {len(made.findings) - _MAX_PROBLEMS} more (--json lists all)")
+    elif not made.replayed:
+        lines = [f"{elements}: headers, index, config and record agree with each other"]
+    elif made.differences:
+        worst = max(item.max_ulps for item in made.differences)
+        count = sum(item.differing for item in made.differences)
+        within = f"{count} elements of {len(made.differences)} tensors differ, by at most {worst:.3g} ulp"
+        lines = [f"{elements}: what base and adapter give, within the tolerance: {within}"]
+    else:
+        lines = [f"{elements}: what base and adapter give, bit for bit"]
+    return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])
+
+
+def verification_json(made: Verification) -> str:
+    """Return a verification as one JSON object."""
+    document = {**dataclasses.asdict(made), "is_equal": made.is_equal}
+    return json.dumps(_finite(document))
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value in which what is not finite is text: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 def inspection_json(inspection: Inspection) -> str:
@@ -193,9 +231,8 @@ def _describe_update(update: Update) -> str:
 
 
 def _rank_and_scaling(update: Update) -> Iterator[str]:
-    ranks = [source.shape[0] for role, source in update.tensors.items() if role.endswith("_a") and source.shape]
-    if rank := update.settings.get("rank") or min(ranks, default=0):
-        yield f"rank {rank}"
+    if update.rank:
+        yield f"rank {update.rank}"
     scaling = update.settings.get("scaling")
     if isinstance(scaling, int | float):
         yield f"scaling {scaling:g}"

@@ -14,7 +14,7 @@ from rawmerge.computing.step_paths import StepPaths
 from rawmerge.consuming.consuming_run import check_consuming, consume_base, was_published
 from rawmerge.consuming.unfinished import unfinished_folder
 from rawmerge.engine.jobs import ProgressCallback
-from rawmerge.errors import MergeError, PlanError, Problem, ProblemCollector, RawmergeError, quote
+from rawmerge.errors import MergeError, OutputError, PlanError, Problem, ProblemCollector, RawmergeError, quote
 from rawmerge.formats.weight_map import is_safe_file_name
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.memory.budget import choose_budget
@@ -46,6 +46,7 @@ class MergeSummary:
         written_bytes: of it, those that this run wrote: all but the shards that it linked, reused, or found finished.
         seconds: wall time of the run.
         notes: what a user may want to know, the plan's notes first.
+        verified: whether the output was read back and compared with a second computation before it was published.
         linked: shards that are links to the base's (`link`).
         reused: shards taken from the output that was replaced, made by an earlier merge from the same inputs.
         consumed: base shards that were deleted (`consume_base`).
@@ -62,6 +63,7 @@ class MergeSummary:
     written_bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    verified: bool = False
     linked: int = 0
     reused: int = 0
     consumed: int = 0
@@ -89,6 +91,7 @@ def run_plan(
         OutputError: the output may not be written; nothing was.
         MemoryLimitError: the merge takes more than `max_memory`, or than its control group has; nothing was written.
         MergeError: writing failed; nothing was published and nothing is left, unless its notes say so.
+        VerificationError: with `verify`, what was written is not what was computed; nothing was published.
         ValueError: a choice is none of its values.
     """
     request = RunRequest(plan, Path(output), RunOptions(**choices), progress)
@@ -122,6 +125,7 @@ def _summary(
         written_bytes=plan.byte_count - written.spared_bytes,
         seconds=seconds,
         notes=notes,
+        verified=request.options.verify,
         linked=written.linked,
         reused=written.reused,
         consumed=written.consumed,
@@ -176,6 +180,7 @@ def check_request(request: RunRequest) -> ShardOrigins:
     _check_names(request.plan)
     _check_methods(request.plan)
     problems = ProblemCollector()
+    problems.add(OutputError, _verify_problems(request))
     if not (request.options.consume_base and was_published(request)):
         with problems.absorb():
             check_output(request.output, request.policy)
@@ -188,6 +193,17 @@ def check_request(request: RunRequest) -> ShardOrigins:
         origins = (_check_consuming if request.options.consume_base else _check_plain)(request, folder)
     problems.raise_if_any()
     return origins
+
+
+def _verify_problems(request: RunRequest) -> Iterator[Problem]:
+    """Yield why the output could not be computed a second time."""
+    options = request.options
+    if options.verify and options.consume_base:
+        expected = "to be the only one of --verify and --consume-base, for the base is gone by then"
+        yield Problem("--verify", expected, "both", "leave one out")
+    if options.verify and options.device != "cpu" and request.plan.options.compute_dtype == "float32":
+        expected = "--device cpu, or --compute-dtype float64: bits that the processor can compute again"
+        yield Problem("--verify", expected, f"--device {options.device} in float32")
 
 
 def _check_plain(request: RunRequest, folder: Path) -> ShardOrigins:

@@ -19,17 +19,24 @@ MECHANISMS: Final = {
 DEVICE_NAMES: Final = r"cpu|mps|cuda(:\d{1,3})?"
 
 
-class RunChoices(TypedDict, total=False):
+class ReplayChoices(TypedDict, total=False):
+    """Those fields of `RunOptions` that matter where nothing is written, as keyword arguments."""
+
+    threads: int | None
+    max_memory: int | None
+    without: Collection[str]
+
+
+class RunChoices(ReplayChoices, total=False):
     """The fields of `RunOptions`, as keyword arguments."""
 
     overwrite: bool
-    threads: int | None
-    max_memory: int | None
     device: str
     link: bool
     consume_base: bool
     reuse: bool
-    without: Collection[str]
+    verify: bool
+    checksum: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +52,8 @@ class RunOptions:
         link: shards that the merge leaves as they are become hard links to the base's.
         consume_base: delete each base shard once its successor is durable.
         reuse: take shards over from the output that is replaced, where the same inputs made them.
+        verify: read the output back, and compare it with a second computation, before it is published.
+        checksum: write `SHA256SUMS`, a manifest of the output's files for `sha256sum -c`.
         without: names of `MECHANISMS` that are not to be used.
     """
 
@@ -55,6 +64,8 @@ class RunOptions:
     link: bool = False
     consume_base: bool = False
     reuse: bool = True
+    verify: bool = False
+    checksum: bool = False
     without: Collection[str] = field(default=frozenset())
 
     def __post_init__(self) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rawmerge.computing.step_paths import StepPaths
-from rawmerge.engine.jobs import ProgressCallback
+from rawmerge.engine.jobs import Progress, ProgressCallback
 from rawmerge.formats.adapter_config import CONFIG_NAME
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.memory.budget import MemoryBudget
 from rawmerge.merge_plan import MergePlan
+from rawmerge.output.manifest import Manifest
 from rawmerge.output.output_directory import OutputPolicy
 from rawmerge.run_options import RunOptions
 from rawmerge.signals import HeldSignals
@@ -32,6 +35,7 @@ class RunRequest:
         device: where updates are computed, None for the CPU.
         budget: what it may take, None for what suits any merge.
         paths: what computes which step, None for what this machine knows.
+        manifest: takes the digests of files, None where none is asked for.
         signals: what ends the program, let through only where the run can end.
     """
 
@@ -42,7 +46,26 @@ class RunRequest:
     device: Device | None = None
     budget: MemoryBudget | None = None
     paths: StepPaths | None = None
+    manifest: Manifest | None = None
     signals: HeldSignals = field(default_factory=HeldSignals)
+
+    @contextmanager
+    def with_manifest(self, folder: Path) -> Iterator[RunRequest]:
+        """Give this request with a manifest of the files in `folder`, where one is asked for."""
+        if not self.options.checksum:
+            yield self
+            return
+        manifest = Manifest(folder)
+        try:
+            yield replace(self, manifest=manifest)
+        finally:
+            manifest.close()
+
+    def report_to_end(self, progress: Progress) -> None:
+        """Let the run end here where it was told to, and tell of the progress."""
+        self.signals.let_through()
+        if self.report:
+            self.report(progress)
 
     @property
     def policy(self) -> OutputPolicy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Semaphore
 
@@ -32,6 +33,7 @@ class ShardRun:
         self._folder = folder
         self._report = request.report
         self._signals = request.signals
+        self._manifest = request.manifest
         self._done_bytes = 0
         self._total_bytes = request.plan.tensor_bytes
 
@@ -72,6 +74,7 @@ class ShardRun:
                 preallocates=uses("preallocation"),
                 is_direct=uses("direct-io"),
                 turn=turn,
+                finished=partial(self._manifest.add, shard.name) if self._manifest else None,
             )
             yield shard, opened.enter_context(file)
 

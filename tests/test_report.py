@@ -163,6 +163,7 @@ def test_a_summary_is_one_json_object() -> None:
         "written_bytes": 4_000_000,
         "seconds": 2.0,
         "notes": [],
+        "verified": False,
         "linked": 0,
         "reused": 0,
         "consumed": 0,

@@ -27,6 +27,7 @@ from rawmerge.consuming.unfinished import UnfinishedFolder, unfinished_folder
 from rawmerge.errors import NothingChangedError, OutputError, ProblemCollector, UnfitValuesError, quote
 from rawmerge.inputs.input_check import check_inputs
 from rawmerge.merge_plan import ShardPlan
+from rawmerge.output.manifest import MANIFEST_NAME
 from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, updated_names
 from rawmerge.output.output_directory import (
     StagingDirectory,
@@ -201,20 +202,26 @@ class _ConsumingRun:
         needed = needed_base_files(self.journal)
         check_inputs([file for file in self._plan.base_files if file.path in needed], self._plan.adapter_files)
         self._prepare()
-        run = ShardRun(self._request, self._folder.staged)
+        with self._request.with_manifest(self._folder.staged) as listed:
+            self._write_shards(ShardRun(listed, self._folder.staged))
+            if not self._has_changed:
+                raise NothingChangedError
+            if listed.manifest:
+                (self._folder.staged / MANIFEST_NAME).unlink(missing_ok=True)  # of a run that was cut off here
+                self._staging.write_bytes(MANIFEST_NAME, listed.manifest.raw())
+        if self._request.output.exists():  # so what an earlier run was replacing is not needed any more
+            shutil.rmtree(self._folder.replaced, ignore_errors=True)
+        self._request.signals.let_through()
+        self.journal.complete()
+        self._staging.publish(self._request.policy)
+
+    def _write_shards(self, run: ShardRun) -> None:
         for shard in self._consumption.order:
             if shard.name in self.journal.finished:
                 run.skip(shard)
             else:
                 self._make(shard, run)
             self._give_way(shard)
-        if not self._has_changed:
-            raise NothingChangedError
-        if self._request.output.exists():  # so what an earlier run was replacing is not needed any more
-            shutil.rmtree(self._folder.replaced, ignore_errors=True)
-        self._request.signals.let_through()
-        self.journal.complete()
-        self._staging.publish(self._request.policy)
 
     def written(self) -> Written:
         """Return what was done, by this run and by those before it."""

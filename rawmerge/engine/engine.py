@@ -16,7 +16,7 @@ from rawmerge.engine.anonymous_memory import PAGE_BYTES
 from rawmerge.engine.jobs import Job, ProgressCallback, RunningJobs, ShardInWork
 from rawmerge.engine.kept_ranges import JOB_BYTES, KeptRange, is_copied, kept_ranges, whole_source
 from rawmerge.engine.page_edges import cut_at_pages
-from rawmerge.engine.shard_writer import OutputFile
+from rawmerge.engine.shard_target import ShardTarget
 from rawmerge.engine.tiles import TILE_ELEMENTS
 from rawmerge.engine.write_behind import WriteBehind
 from rawmerge.inputs.tensor_source import OpenFiles
@@ -57,7 +57,7 @@ class Engine:
         paths = paths or StepPaths(compute_dtype, options)
         self._computers = Computers(compute_dtype, paths, self._files, budget, device)
 
-    def run(self, shards: Iterable[tuple[ShardPlan, OutputFile]], report: ProgressCallback | None) -> None:
+    def run(self, shards: Iterable[tuple[ShardPlan, ShardTarget]], report: ProgressCallback | None) -> None:
         """Write all shards and make them durable.
 
         Args:
@@ -137,7 +137,7 @@ class Engine:
             call = self._copy(shard.file, (source.path, source.offset + start), target + start, count)
             yield Job(call, count, kept.last_name)
 
-    def _copy(self, file: OutputFile, source: tuple[str, int], target: int, count: int) -> Callable[[], None]:
+    def _copy(self, file: ShardTarget, source: tuple[str, int], target: int, count: int) -> Callable[[], None]:
         def call() -> None:
             file.copy_from(self._files, *source, target, count)
             self._behind.wrote(file, count)
@@ -156,7 +156,7 @@ class Engine:
     def _tile(
         self,
         computer: StepComputer,
-        file: OutputFile,
+        file: ShardTarget,
         rows: tuple[int, int],
         target: int,
         step: UpdateTensor | ReplaceTensor,

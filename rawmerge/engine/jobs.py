@@ -9,7 +9,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias
 
-from rawmerge.engine.shard_writer import OutputFile
+from rawmerge.engine.shard_target import ShardTarget
 from rawmerge.merge_plan import ShardPlan
 
 
@@ -47,7 +47,7 @@ class ShardInWork:
     """An output shard in work."""
 
     plan: ShardPlan
-    file: OutputFile
+    file: ShardTarget
     open_jobs: int = 0
     all_submitted: bool = False
 
@@ -75,7 +75,7 @@ class RunningJobs:
     syncing: list[Future[None]] = field(default_factory=list)
     shards: list[ShardInWork] = field(default_factory=list)
 
-    def begin(self, plan: ShardPlan, file: OutputFile) -> ShardInWork:
+    def begin(self, plan: ShardPlan, file: ShardTarget) -> ShardInWork:
         """Return the record of a shard that jobs will be submitted for."""
         shard = ShardInWork(plan, file)
         self.shards.append(shard)

@@ -7,7 +7,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,7 @@ class OutputFile:
         preallocates: bool = True,
         is_direct: bool = False,
         turn: AbstractContextManager[object] | None = None,
+        finished: Callable[[], object] | None = None,
     ) -> None:
         """Create the file and reserve its space.
 
@@ -58,6 +59,7 @@ class OutputFile:
             is_direct: whether whole pages go past the page cache, where the file system can: without it a merge pays
                 for pages of memory that nobody reads, and for their way to the disk.
             turn: held by a thread while it waits for a direct write.
+            finished: called by `finish` once the content is durable.
 
         Raises:
             OSError: it exists, or the disk is too small.
@@ -69,6 +71,7 @@ class OutputFile:
         self._direct = -1
         self._edges = PageEdges()
         self._turn = turn or nullcontext()
+        self._finished = finished
         try:
             self._byte_count = byte_count
             self._reserve(byte_count, preallocates)
@@ -222,6 +225,8 @@ class OutputFile:
         if gives_up_pages:
             self._give_up_pages()
         self.close()
+        if self._finished:
+            self._finished()
 
     def close(self) -> None:
         """Close the file; safe to call again."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 
-from rawmerge.engine.shard_writer import OutputFile
+from rawmerge.engine.shard_target import ShardTarget
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
 
 
@@ -22,7 +22,7 @@ class WriteBehind:
         self._window = window_bytes
         self._lock = threading.Lock()
         self._disk = threading.Lock()
-        self._dirty: dict[OutputFile, int] = {}
+        self._dirty: dict[ShardTarget, int] = {}
         self._read_bytes = 0
         self._ends: dict[str, int] = {}
 
@@ -31,7 +31,7 @@ class WriteBehind:
         """Whether pages are given up at all."""
         return self._window > 0
 
-    def wrote(self, file: OutputFile, byte_count: int) -> None:
+    def wrote(self, file: ShardTarget, byte_count: int) -> None:
         """Count bytes that a thread has written, and let it wait for the disk where there are too many."""
         if not self.is_on:
             return
@@ -46,7 +46,7 @@ class WriteBehind:
         with self._lock:
             return sum(self._dirty.values()) >= self._window
 
-    def _taken(self) -> list[OutputFile]:
+    def _taken(self) -> list[ShardTarget]:
         with self._lock:
             files, self._dirty = list(self._dirty), {}
             return files

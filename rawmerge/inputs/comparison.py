@@ -95,6 +95,16 @@ def same_transposed(a: TensorSource, b: TensorSource) -> bool:
     return bool((left == right.T).all())
 
 
+def same_bytes(a: TensorSource, b: TensorSource) -> bool:
+    """Whether two byte ranges are equal.
+
+    Raises:
+        InputChangedError: a file ends early.
+    """
+    with OpenFiles() as files:
+        return _same_bytes(files, a, b)
+
+
 def _are_floats(*dtypes: str) -> bool:
     return all(DTYPES[dtype].is_mergeable for dtype in dtypes)
 

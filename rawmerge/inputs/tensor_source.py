@@ -153,7 +153,7 @@ def read_shard_file(path: Path) -> ShardFile:
         MissingFileError: it cannot be opened, or is no regular file.
         ShardFormatError: its header breaks the format.
     """
-    with _regular_file(path, "a readable safetensors file") as (descriptor, size):
+    with open_regular_file(path, "a readable safetensors file") as (descriptor, size):
         prefix = os.pread(descriptor, LENGTH_PREFIX.size, 0)
         length = parse_header_length(prefix, size, str(path))
         raw = os.pread(descriptor, length, LENGTH_PREFIX.size)
@@ -169,7 +169,7 @@ def read_pickle_file(path: Path) -> PickleFile:
         AdapterError: it holds, or asks for, anything but tensors stored as they are; or it is damaged.
     """
     with (
-        _regular_file(path, "a readable file of torch.save") as (descriptor, size),
+        open_regular_file(path, "a readable file of torch.save") as (descriptor, size),
         os.fdopen(descriptor, "rb", closefd=False) as file,
     ):
         from rawmerge.formats.tensor_archive import read_tensor_archive  # most adapters are none
@@ -178,8 +178,12 @@ def read_pickle_file(path: Path) -> PickleFile:
 
 
 @contextmanager
-def _regular_file(path: Path, expected: str) -> Iterator[tuple[int, int]]:
-    """Open a file to read; give its descriptor and its size in bytes."""
+def open_regular_file(path: Path, expected: str) -> Iterator[tuple[int, int]]:
+    """Open a file to read; give its descriptor and its size in bytes.
+
+    Raises:
+        MissingFileError: it cannot be opened, or is no regular file.
+    """
     try:
         # O_NONBLOCK: opening a named pipe must be refused below, not wait for a writer
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))

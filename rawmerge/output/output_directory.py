@@ -148,9 +148,12 @@ class StagingDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file durably."""
-        path = self.path / name
-        with path.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, raw: bytes) -> None:
+        """Write a small file durably."""
+        with (self.path / name).open("xb") as file:
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
 

@@ -49,6 +49,8 @@ _SKIPPED_FOLDERS: Final = {
 }
 _TRAINING_CHECKPOINT: Final = re.compile(r"(checkpoint|global_step)-?\d+")
 _ADAPTER_FILE: Final = re.compile(r"adapter_(config\.json|model\..*)")
+#: What would be wrong of the output's files.
+CHECKSUM_FILES: Final = frozenset({"SHA256SUMS", "SHA512SUMS", "MD5SUMS", "SHA256SUMS.txt", "checksums.sha256"})
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 MAX_TOKENIZER_CONFIG_BYTES: Final = 64 * 2**20
 #: Files that hold a vocabulary. Source: transformers 5.23, `VOCAB_FILES_NAMES` of its tokenizers.
@@ -256,6 +258,8 @@ def _folder_reason(name: str) -> str:
 
 
 def _file_reason(path: PurePosixPath, byte_count: int) -> str:
+    if path.name in CHECKSUM_FILES:
+        return "checksums of the base's files"
     if _ADAPTER_FILE.fullmatch(path.name):
         return "an adapter's file; loaders would apply it again"
     suffix = path.suffix.lower()

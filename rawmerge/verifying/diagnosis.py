@@ -1,0 +1,141 @@
+"""What differences probably come from: a delta left out, scaled, added twice, another base, another rounding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from math import ceil, isclose, isfinite, sqrt
+from statistics import median
+from typing import Final
+
+from rawmerge.errors import Problem
+from rawmerge.merge_plan import MergePlan, UpdateTensor
+from rawmerge.verifying.findings import TensorDifference
+
+_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+_MAX_NAMES: Final = 6
+#: So many of the differences of a scaled delta go along with it; and from so few on it may be chance.
+_ALIGNED: Final = 0.98
+_FEW: Final = 8
+#: What other arithmetic or another order of sums explains, in units in the last place.
+_ROUNDING_ULPS: Final = 2
+#: Errors of arithmetic are in more of the elements than this share.
+_EVERYWHERE: Final = 0.1
+#: Errors of arithmetic are smaller than this share of the delta.
+_IMPRECISION: Final = 0.1
+#: Scales that differ by more are no common one.
+_SPREAD: Final = 0.05
+
+
+def diagnose(plan: MergePlan, differences: Sequence[TensorDifference], tolerance: float) -> Iterator[Problem]:
+    """Yield one finding for each way in which tensors differ, with what it probably comes from.
+
+    Args:
+        plan: what the checkpoint should hold.
+        differences: of its tensors.
+        tolerance: distance that is let pass in tensors that the adapter changes, in units in the last place.
+    """
+    kept = [item for item in differences if not item.is_updated]
+    updated = [item for item in differences if item.is_updated and not _is_within(item, tolerance)]
+    if kept:
+        yield _kept(plan, kept)
+    bare = [item for item in updated if item.equals_base]
+    if bare:
+        yield _bare(plan, bare)
+    others = [item for item in updated if not item.equals_base]
+    if scaled := [item for item in others if _is_scaled(item)]:
+        yield _scaled(plan, scaled)
+    others = [item for item in others if item not in scaled]
+    if rounded := [item for item in others if item.max_ulps <= _ROUNDING_ULPS]:
+        yield _rounded(rounded)
+    others = [item for item in others if item not in rounded]
+    if imprecise := [item for item in others if _is_imprecise(item)]:
+        yield _imprecise(imprecise)
+    if strange := [item for item in others if item not in imprecise]:
+        yield _strange(strange)
+
+
+def _is_scaled(item: TensorDifference) -> bool:
+    return item.scale is not None and abs(item.alignment) >= _ALIGNED and item.differing >= _FEW
+
+
+def _is_within(item: TensorDifference, tolerance: float) -> bool:
+    return tolerance > 0 and item.max_ulps <= tolerance
+
+
+def _kept(plan: MergePlan, kept: Sequence[TensorDifference]) -> Problem:
+    total = sum(not (isinstance(step, UpdateTensor) and step.updates) for step in plan.steps())
+    hint = "it was made from another base" if len(kept) > total / 2 else "they were changed, or damaged, afterwards"
+    found = f"other bits in {_count(kept)} of {total} that the adapter does not change"
+    return Problem(_names(kept), "the bits of the base, or of what the adapter stores", found, hint)
+
+
+def _bare(plan: MergePlan, bare: Sequence[TensorDifference]) -> Problem:
+    total = sum(isinstance(step, UpdateTensor) and bool(step.updates) for step in plan.steps())
+    hint = "the adapter was not applied" if len(bare) == total else "the adapter was applied to the others only"
+    return Problem(_names(bare), "base and delta", f"the base without the delta in {_count(bare)} of {total}", hint)
+
+
+def _scaled(plan: MergePlan, scaled: Sequence[TensorDifference]) -> Problem:
+    scales = sorted(item.scale for item in scaled if item.scale is not None)
+    if scales[-1] - scales[0] > _SPREAD * max(map(abs, scales)):
+        found = f"the base and {scales[0]:.4g} to {scales[-1]:.4g} times the delta: {_measured(scaled)}"
+        hint = "ranks, alphas or weights were taken otherwise, such as without rank_pattern or alpha_pattern"
+        return Problem(_names(scaled), "base and delta", found, hint)
+    scale = median(scales)
+    found = f"the base and {scale:.4g} times the delta: {_measured(scaled)}"
+    return Problem(_names(scaled), "base and delta", found, _meaning(plan, scale))
+
+
+def _rounded(rounded: Sequence[TensorDifference]) -> Problem:
+    tolerance = ceil(max(item.max_ulps for item in rounded))
+    hint = f"the arithmetic was another, such as another dtype's or device's; --tolerance {tolerance} lets it pass"
+    return Problem(_names(rounded), "base and delta, bit for bit", _measured(rounded), hint)
+
+
+def _is_imprecise(item: TensorDifference) -> bool:
+    """Whether the delta is there as a whole, with errors everywhere: damage is in parts, other deltas do not fit."""
+    is_whole = item.scale is not None and item.error < _IMPRECISION
+    return is_whole and item.differing > _EVERYWHERE * item.element_count and isfinite(item.max_ulps)
+
+
+def _imprecise(imprecise: Sequence[TensorDifference]) -> Problem:
+    hint = "the delta is there, but less precise: the adapter or its product was rounded, such as to bfloat16"
+    return Problem(_names(imprecise), "base and delta", _measured(imprecise), hint)
+
+
+def _strange(strange: Sequence[TensorDifference]) -> Problem:
+    are_parts = all(item.differing < item.element_count / 2 for item in strange)
+    hint = "parts were damaged, or merged otherwise" if are_parts else "another adapter, another base, or damage"
+    return Problem(_names(strange), "base and delta", _measured(strange), hint)
+
+
+def _measured(items: Sequence[TensorDifference]) -> str:
+    share = sum(item.differing for item in items) / sum(item.element_count for item in items)
+    worst = max(item.max_ulps for item in items)
+    return f"other bits in {share:.2%} of the elements of {_count(items)}, at most {worst:.3g} ulp away"
+
+
+def _meaning(plan: MergePlan, scale: float) -> str:
+    """Return what a scale other than 1 probably comes from."""
+    first = next(update for step in plan.steps() if isinstance(step, UpdateTensor) for update in step.updates)
+    scaling = first.settings.get("scaling")
+    known = [(2.0, "the adapter was merged twice"), (-1.0, "the adapter was subtracted")]
+    if first.rank > 1:
+        known.append((sqrt(first.rank), "scaled by rsLoRA's alpha / sqrt(r) in place of alpha / r"))
+        known.append((1 / sqrt(first.rank), "scaled by alpha / r in place of rsLoRA's alpha / sqrt(r)"))
+    if isinstance(scaling, float) and scaling not in {0.0, 1.0}:
+        known.append((1 / scaling, "the scaling alpha / r was left out"))
+    # rounding to the storage dtype blurs the delta that the base does not hold yet
+    fitting = [meaning for value, meaning in known if isclose(scale, value, rel_tol=0.15)]
+    return ", or ".join([*fitting, f"it was merged with a weight of {scale:.4g} or another alpha"])
+
+
+def _count(items: Sequence[TensorDifference]) -> str:
+    return "1 tensor" if len(items) == 1 else f"{len(items)} tensors"
+
+
+def _names(items: Iterable[TensorDifference]) -> str:
+    families = list(dict.fromkeys(_NUMBER.sub("*", item.name) for item in items))
+    more = f" and {len(families) - _MAX_NAMES} more" if len(families) > _MAX_NAMES else ""
+    return ", ".join(families[:_MAX_NAMES]) + more

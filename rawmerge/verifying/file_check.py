@@ -1,0 +1,91 @@
+"""Whether the files of an output beside its shards are those that base and adapter give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rawmerge.errors import MissingFileError, Problem
+from rawmerge.formats.strict_json import parse_json_object
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint
+from rawmerge.inputs.comparison import same_bytes
+from rawmerge.inputs.identity import RECORD_NAME
+from rawmerge.inputs.tensor_source import TensorSource, read_small_file
+from rawmerge.merge_plan import MergePlan
+from rawmerge.output.outcome import count_steps
+from rawmerge.output.record import record_text
+
+_MAX_TEXT_BYTES = 128 * 2**20
+
+
+def file_problems(plan: MergePlan, found: BaseCheckpoint, record: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield each file that an output of rawmerge should have and lacks, or that has other bytes.
+
+    Args:
+        plan: what the output should be.
+        found: the output.
+        record: its merge record.
+    """
+    if not found.is_directory:
+        return
+    yield from _header_problems(plan, found)
+    for file in plan.written_files:
+        yield from _text_problems(found.root / file.name, file.name, file.text.encode())
+    for side in plan.side_files:
+        path = found.root / side.name
+        if not path.is_file():
+            yield Problem(side.name, "the file of base or adapter", "no such file")
+        elif path.stat().st_size != side.byte_count or not same_bytes(_whole(Path(side.path)), _whole(path)):
+            yield Problem(side.name, "the bytes of base or adapter", "other bytes")
+    yield from record_problems(plan, record)
+
+
+def file_notes(plan: MergePlan, found: BaseCheckpoint) -> Iterator[str]:
+    """Yield a sentence on the files of an output that others made: they write configs anew, so nothing is wrong."""
+    names = [*(file.name for file in plan.written_files), *(side.name for side in plan.side_files)]
+    if found.is_directory and (missing := [name for name in names if not (found.root / name).is_file()]):
+        yield f"it lacks {', '.join(sorted(missing)[:8])}, which a merge by rawmerge has"
+
+
+def record_problems(plan: MergePlan, record: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield each part of the record that base and adapter contradict; versions and notes may differ."""
+    expected = parse_json_object(record_text(plan, count_steps(plan)).encode())
+    parts = {
+        "base": "the base that was given",
+        "adapters": "the adapter that was given",
+        "tensors": "what becomes of the tensors",
+        "adapter_tensors": "where the adapter's tensors go",
+    }
+    for part, meaning in parts.items():
+        if _without_repo(record.get(part)) != _without_repo(expected.get(part)):
+            yield Problem(f"{RECORD_NAME}: {part}", meaning, "another")
+
+
+def _without_repo(part: Any) -> Any:
+    """Return a part of the record without hub names, which a local copy of the same files does not have."""
+    if isinstance(part, list):
+        return [_without_repo(item) for item in part]
+    return {name: value for name, value in part.items() if name != "repo"} if isinstance(part, dict) else part
+
+
+def _header_problems(plan: MergePlan, found: BaseCheckpoint) -> Iterator[Problem]:
+    headers = {shard.path.name: shard.header.text for shard in found.shards}
+    for shard in plan.shards:
+        if shard.name not in headers:
+            yield Problem(shard.name, "a shard of this name", "none")
+        elif headers[shard.name] != shard.header_text:
+            yield Problem(shard.name, "the base's header, or one with the same tensors in its order", "another header")
+
+
+def _text_problems(path: Path, name: str, expected: bytes) -> Iterator[Problem]:
+    try:
+        if read_small_file(path, _MAX_TEXT_BYTES) != expected:
+            yield Problem(name, "the text that follows from base and adapter", "another")
+    except MissingFileError:
+        yield Problem(name, "the text that follows from base and adapter", "no such file")
+
+
+def _whole(path: Path) -> TensorSource:
+    size = path.stat().st_size
+    return TensorSource(str(path), 0, size, "U8", (size,))

@@ -1,0 +1,82 @@
+"""Computes every tensor of a plan again, and compares it with a checkpoint that is there. Nothing is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+
+from rawmerge.computing.step_paths import StepPaths
+from rawmerge.engine.engine import Engine
+from rawmerge.engine.jobs import ProgressCallback
+from rawmerge.errors import Problem
+from rawmerge.inputs.input_check import check_inputs
+from rawmerge.inputs.tensor_source import TensorSource
+from rawmerge.memory.budget import choose_budget
+from rawmerge.merge_plan import MergePlan
+from rawmerge.run_options import RunOptions
+from rawmerge.verifying.compared_shard import ComparedShard
+from rawmerge.verifying.findings import TensorDifference
+
+
+def replay(
+    plan: MergePlan, tensors: Mapping[str, TensorSource], options: RunOptions, report: ProgressCallback | None = None
+) -> tuple[TensorDifference, ...]:
+    """Return how the tensors of a checkpoint differ from what the plan gives, in the order of the plan.
+
+    Tensors of another dtype or shape are not compared: `layout_problems` tells them.
+
+    Args:
+        plan: what the checkpoint should hold.
+        tensors: the checkpoint's.
+        options: threads, memory, and means of speed not to use.
+        report: told of the progress; an exception from it ends the replay.
+
+    Raises:
+        MergeError: a tensor cannot be computed, or an input changed; MemoryLimitError: the limit cannot be kept.
+        OSError: a file cannot be read.
+    """
+    check_inputs(plan.base_files, plan.adapter_files)
+    paths = StepPaths(plan.options.compute_dtype, options)
+    budget, _ = choose_budget(plan, options, paths)
+    entries = {step.entry.name: step.entry for step in plan.steps()}
+    alike = {
+        name: found
+        for name, found in tensors.items()
+        if name in entries and (found.dtype, found.shape) == (entries[name].dtype, entries[name].shape)
+    }
+    _forget({found.path for found in alike.values()})
+    shards = [ComparedShard(shard, alike) for shard in plan.shards]
+    engine = Engine(plan.options.compute_dtype, plan.tensor_bytes, options, budget=budget, paths=paths)
+    engine.run(zip(plan.shards, shards, strict=True), report)
+    return tuple(tally.difference() for shard in shards for tally in shard.tallies if tally.has_differences)
+
+
+def _forget(paths: Iterable[str]) -> None:
+    """Let the system give up its copies of files in memory: what is compared is what the disk holds."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def layout_problems(plan: MergePlan, tensors: Mapping[str, TensorSource]) -> Iterator[Problem]:
+    """Yield what is missing from a checkpoint, or there without reason, or of another dtype or shape."""
+    names = set()
+    for step in plan.steps():
+        entry, found = step.entry, tensors.get(step.entry.name)
+        names.add(entry.name)
+        expected = f"{entry.dtype} {list(entry.shape)}"
+        if found is None:
+            yield Problem(entry.name, expected, "no such tensor")
+        elif (found.dtype, found.shape) != (entry.dtype, entry.shape):
+            hint = "give the options it was merged with, such as --dtype" if found.shape == entry.shape else ""
+            yield Problem(entry.name, expected, f"{found.dtype} {list(found.shape)}", hint)
+    for name, found in tensors.items():
+        if name not in names:
+            yield Problem(name, "no such tensor", f"{found.dtype} {list(found.shape)}")

@@ -1,0 +1,123 @@
+"""`SHA256SUMS` is what coreutils' sha256sum writes and reads, and a verification compares files with it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rawmerge
+from rawmerge.output.manifest import MANIFEST_NAME, Manifest, manifest_problems, parse_manifest
+from tests.builders import lora_pair, random_tensor, write_adapter, write_base
+
+Paths = tuple[Path, Path]
+needs_sha256sum = pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no coreutils")
+ODD_NAMES = ["plain.txt", "with space", "back\\slash", "new\nline", "return\r", "ümlaut", "sub/of folder.txt"]
+
+
+def sha256sum(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["sha256sum", *arguments], cwd=folder, capture_output=True, check=False)
+
+
+def write(folder: Path, names: list[str]) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.fsencode(name) * 3)
+
+
+def manifest_of(folder: Path) -> bytes:
+    manifest = Manifest(folder)
+    try:
+        return manifest.raw()
+    finally:
+        manifest.close()
+
+
+@needs_sha256sum
+def test_every_file_is_listed_as_sha256sum_would(tmp_path: Path) -> None:
+    write(tmp_path, ODD_NAMES)
+    raw = manifest_of(tmp_path)
+    theirs = sha256sum(tmp_path, *ODD_NAMES).stdout
+    assert sorted(raw.splitlines(keepends=True)) == sorted(theirs.splitlines(keepends=True))
+    assert parse_manifest(theirs).keys() == set(ODD_NAMES)
+    assert list(manifest_problems(tmp_path, theirs)) == []
+    (tmp_path / MANIFEST_NAME).write_bytes(raw)
+    assert sha256sum(tmp_path, "-c", "--strict", MANIFEST_NAME).returncode == 0
+    assert manifest_of(tmp_path) == raw  # it does not list itself
+
+
+@needs_sha256sum
+@pytest.mark.parametrize("choices", [{}, {"consume_base": True}, {"threads": 1, "verify": True}])
+def test_an_output_has_a_manifest_that_sha256sum_accepts(tmp_path: Path, choices: dict[str, Any]) -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    shards = [{f"{path}.weight": random_tensor((24, 16))}, {"norm.weight": random_tensor((16,), seed=3)}]
+    base = write_base(tmp_path / "base", shards)
+    (base / "vocabularies").mkdir()
+    (base / "vocabularies/words.txt").write_text("a b c")
+    (base / MANIFEST_NAME).write_text("of the base, and wrong of the output")
+    adapter = write_adapter(tmp_path / "adapter", lora_pair(path, 24, 16), target_modules=["q_proj"])
+    plan = rawmerge.plan_merge(base, adapter)
+    assert (MANIFEST_NAME, "checksums of the base's files") in {(item.name, item.reason) for item in plan.left_out}
+    output = tmp_path / "out"
+    rawmerge.run_plan(plan, output, checksum=True, **choices)
+    done = sha256sum(output, "-c", "--strict", MANIFEST_NAME)
+    assert (done.returncode, done.stderr) == (0, b"")
+    files = {at.relative_to(output).as_posix() for at in output.rglob("*") if at.is_file()}
+    assert parse_manifest((output / MANIFEST_NAME).read_bytes()).keys() == files - {MANIFEST_NAME}
+    made = rawmerge.verify_merge(output)
+    assert made.is_equal
+    assert f"compared by {MANIFEST_NAME}" in made.notes[0]
+
+
+def test_without_the_option_there_is_none(tiny: Paths, tmp_path: Path) -> None:
+    rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+def test_a_verification_finds_what_was_changed_or_removed(tiny: Paths, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output, checksum=True)
+    assert rawmerge.verify_merge(output, *tiny).is_equal
+    shard = next(output.glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    (output / "tokenizer.json").unlink()
+    findings = {finding.subject: finding for finding in rawmerge.verify_merge(output).findings}
+    assert findings.keys() == {shard.name, "tokenizer.json"}
+    assert hashlib.sha256(raw).hexdigest() in findings[shard.name].found
+    assert {shard.name, "tokenizer.json"} <= {at.subject for at in rawmerge.verify_merge(output, *tiny).findings}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense",
+        b"0" * 63 + b"  a",
+        b"0" * 64 + b"  ../a",
+        b"0" * 64 + b"  /etc/passwd",
+        b"0" * 64 + b"  a//b",
+        b"0" * 64 + b"  ",
+        b"0" * 64 + b"  a\0b",
+    ],
+)
+def test_what_is_no_manifest_or_leads_out_of_the_folder_is_a_finding(tmp_path: Path, line: bytes) -> None:
+    write(tmp_path, ["a"])
+    (problem,) = manifest_problems(tmp_path, b"0" * 64 + b"  b\n" + line + b"\n")
+    assert (problem.subject, problem.found) == (MANIFEST_NAME, "line 2")
+    assert len(list(manifest_problems(tmp_path, b"0" * 64 + b"  a\n" + b"1" * 64 + b"  a\n"))) == 1
+
+
+def test_a_pipe_in_a_manifest_is_not_waited_for(tiny: Paths, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output)
+    os.mkfifo(output / "pipe")
+    (output / MANIFEST_NAME).write_bytes(b"0" * 64 + b"  pipe\n")
+    (finding,) = rawmerge.verify_merge(output).findings
+    assert "regular file" in finding.expected
