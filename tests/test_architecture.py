@@ -21,6 +21,7 @@ FLOORS = {
     "byte_sizes": 0,
     "dtypes": 0,
     "errors": 0,
+    "file_errors": 0,
     "merge_options": 0,
     "run_options": 0,
     "user_cache": 0,

@@ -6,7 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -252,10 +255,10 @@ def test_progress_ends_at_the_total(tiny: Paths, tmp_path: Path) -> None:
     assert done[-1] == seen[-1].total_bytes == sum(tensor.nbytes for tensor in read_all(tiny[0]).values())
 
 
-WRITES = ["pwrite", "fsync", "posix_fallocate", "preadv"]
+DEEDS = {"pwrite": "writing at byte", "fsync": "", "posix_fallocate": "allocating", "preadv": "reading at byte"}
 
 
-@pytest.mark.parametrize("call", WRITES)
+@pytest.mark.parametrize("call", DEEDS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_failing_file_operation_publishes_nothing_and_leaves_nothing(
     tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
@@ -264,9 +267,37 @@ def test_a_failing_file_operation_publishes_nothing_and_leaves_nothing(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(MergeError, match=os.strerror(code)):
+    with pytest.raises(MergeError, match=rf"^'.+': {re.escape(os.strerror(code))} \({DEEDS[call]}.*\); nothing was"):
         rawmerge.merge_adapter(*tiny, tmp_path / "out")
     monkeypatch.undo()
+    assert_only_inputs_left(tmp_path)
+
+
+def test_a_write_that_takes_nothing_is_an_error_and_not_tried_for_ever(
+    tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(MergeError, match=r"took no byte.* \(writing at byte \d+\)"):
+        rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    assert_only_inputs_left(tmp_path)
+
+
+@pytest.mark.parametrize("without", [[], ["preallocation"], ["preallocation", "direct-io"]], ids=str)
+def test_a_limit_on_the_size_of_files_is_told_with_file_and_byte(tmp_path: Path, without: list[str]) -> None:
+    path = "model.layers.0.q_proj"
+    base = write_base(tmp_path / "base", [{f"{path}.weight": random_tensor((96, 64))}])
+    adapter = write_adapter(tmp_path / "adapter", lora_pair(path, 96, 64), target_modules=["q_proj"])
+    code = (
+        "import resource, signal, sys, rawmerge\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "try:\n    rawmerge.merge_adapter(*sys.argv[1:4], without=sys.argv[4:])\n"
+        "except rawmerge.MergeError as error:\n    sys.exit(f'{type(error).__name__}: {error}')\n"
+    )
+    command = [sys.executable, "-c", code, str(base), str(adapter), str(tmp_path / "out"), *without]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    told = r"MergeError: '.*\.safetensors': File too large \(allocating 12\d+ bytes\); nothing was published"
+    assert re.match(told, done.stderr)
     assert_only_inputs_left(tmp_path)
 
 

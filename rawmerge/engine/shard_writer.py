@@ -15,6 +15,7 @@ from typing import Final
 
 from rawmerge.engine.anonymous_memory import PAGE_BYTES, anonymous_memory, large_memory
 from rawmerge.engine.page_edges import PageEdges, cut_at_pages, place_in
+from rawmerge.file_errors import named_errors
 from rawmerge.formats.shard_header import encode_header
 from rawmerge.inputs.tensor_source import CHUNK_BYTES, OpenFiles
 
@@ -152,7 +153,7 @@ class OutputFile:
         at = start % mmap.ALLOCATIONGRANULARITY
         try:
             pages = mmap.mmap(files.descriptor(path), at + count, mmap.MAP_SHARED, mmap.PROT_READ, offset=start - at)
-            with pages, memoryview(pages) as view, view[at:] as whole, self._turn:
+            with pages, memoryview(pages) as view, view[at:] as whole, self._turn, self._named(offset + head):
                 written = os.pwrite(self._direct, whole, offset + head)
         except (OSError, ValueError) as error:  # mapping is not possible, or the file has become shorter: reading tells
             if isinstance(error, OSError) and error.errno not in _NO_MAPPED_WRITE:
@@ -172,7 +173,7 @@ class OutputFile:
     def _write_direct(self, offset: int, buffer: memoryview) -> None:
         """Write whole pages past the page cache; what the system leaves goes through it."""
         try:
-            with self._turn:
+            with self._turn, self._named(offset):
                 written = os.pwrite(self._direct, buffer, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
@@ -185,7 +186,11 @@ class OutputFile:
         written = 0
         while written < len(buffer):
             chunk = buffer[written : written + CHUNK_BYTES]
-            written += os.pwrite(self._descriptor, chunk, offset + written)
+            with self._named(offset + written):
+                count = os.pwrite(self._descriptor, chunk, offset + written)
+                if not count:  # else this would go on for ever
+                    raise OSError(errno.EIO, "the system took no byte and gave no reason")
+            written += count
 
     def _write_edges(self) -> None:
         for offset, part in self._edges.take():
@@ -211,7 +216,8 @@ class OutputFile:
         """Wait until what is written is on the disk, and give up its pages; nothing where the file is closed."""
         with self._lock:  # the file may be finished, and its number another's, by now
             if self._descriptor >= 0:
-                os.fdatasync(self._descriptor) if hasattr(os, "fdatasync") else os.fsync(self._descriptor)
+                with named_errors(self.path, "syncing"):
+                    os.fdatasync(self._descriptor) if hasattr(os, "fdatasync") else os.fsync(self._descriptor)
                 self._give_up_pages()
 
     def finish(self, *, gives_up_pages: bool = False) -> None:
@@ -221,7 +227,8 @@ class OutputFile:
             gives_up_pages: whether the system need not keep the content in memory.
         """
         self._write_edges()
-        os.fsync(self._descriptor)
+        with named_errors(self.path, "syncing"):
+            os.fsync(self._descriptor)
         if gives_up_pages:
             self._give_up_pages()
         self.close()
@@ -238,6 +245,9 @@ class OutputFile:
                     if descriptor >= 0:
                         os.close(descriptor)
 
+    def _named(self, offset: int) -> AbstractContextManager[None]:
+        return named_errors(self.path, "writing", offset)
+
     def _give_up_pages(self) -> None:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # dirty ones stay
@@ -247,13 +257,15 @@ class OutputFile:
             return
         if preallocates and hasattr(os, "posix_fallocate"):
             try:
-                os.posix_fallocate(self._descriptor, 0, byte_count)
+                with named_errors(self.path, f"allocating {byte_count} bytes"):
+                    os.posix_fallocate(self._descriptor, 0, byte_count)
             except OSError as error:
                 if error.errno not in _NO_PREALLOCATION:
                     raise
             else:
                 return
-        os.ftruncate(self._descriptor, byte_count)
+        with named_errors(self.path, f"allocating {byte_count} bytes"):
+            os.ftruncate(self._descriptor, byte_count)
 
 
 def _copy_buffer() -> memoryview:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol
 
 from rawmerge.errors import InputChangedError, MissingFileError, Problem, quote
+from rawmerge.file_errors import named_errors
 from rawmerge.formats.shard_header import (
     LENGTH_PREFIX,
     ShardHeader,
@@ -248,7 +249,8 @@ class OpenFiles:
         descriptor = self.descriptor(path)
         filled = 0
         while filled < len(buffer):
-            count = os.preadv(descriptor, [buffer[filled : filled + CHUNK_BYTES]], offset + filled)
+            with named_errors(path, "reading", offset + filled):
+                count = os.preadv(descriptor, [buffer[filled : filled + CHUNK_BYTES]], offset + filled)
             if count == 0:
                 raise InputChangedError(
                     f"{quote(path)}: expected {len(buffer)} bytes at {offset}, the file ends after {filled}; "
