@@ -50,7 +50,7 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
         linked=len(origins.links),
         reused=len(origins.reused),
         spared_bytes=origins.byte_count(plan),
-        notes=tuple(origins.notes),
+        notes=(*staging.notes, *origins.notes),
     )
 
 

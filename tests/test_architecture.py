@@ -98,6 +98,7 @@ FLOORS = {
     "memory.budget": 8,
     "output.side_files": 2,
     "output.manifest": 3,
+    "output.folder_lock": 2,
     "output.output_directory": 3,
     "output.earlier_output": 4,
     "output.linking": 4,

@@ -125,7 +125,7 @@ def test_a_closed_or_full_stream_does_not_undo_the_merge(tiny: Paths, tmp_path: 
 def test_staging_directories_are_hidden_and_beside_the_target(tiny: Paths, tmp_path: Path) -> None:
     seen: set[str] = set()
     rawmerge.merge_adapter(*tiny, tmp_path / "out", progress=lambda _: seen.update(names(tmp_path)))
-    assert [name for name in seen if re.fullmatch(r"\.rawmerge-\d+-[0-9a-f]{8}", name)]
+    assert [name for name in seen if re.fullmatch(r"\.rawmerge-out-[0-9a-f]{8}", name)]
     assert names(tmp_path) == ["adapter", "base", "out"]
 
 

@@ -19,6 +19,7 @@ from rawmerge.consuming.plan_difference import difference, option_differences, p
 from rawmerge.errors import OutputError, Problem, quote
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
+from rawmerge.output.folder_lock import locked_folder
 
 SUFFIX: Final = ".rawmerge-unfinished"
 STAGED_NAME: Final = "output"
@@ -121,22 +122,8 @@ class UnfinishedFolder:
         Raises:
             OutputError: another process works in it.
         """
-        import fcntl  # not everywhere; nothing else needs it
-
-        self.path.mkdir(exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_there = os.fstat(descriptor).st_ino == self.path.stat().st_ino
-            except OSError:  # taken by another; or finished and removed by it just now
-                is_there = False
-            if not is_there:
-                found, hint = "one that another process is making", "wait until it is done"
-                raise OutputError(Problem(str(self.path), "no other merge to this output", found, hint))
+        with locked_folder(self.path):
             yield
-        finally:
-            os.close(descriptor)
 
     def _check_is_own(self) -> None:
         if self._foreign_names():

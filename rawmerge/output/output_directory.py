@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from rawmerge.byte_sizes import format_bytes
-from rawmerge.errors import OutputError, Problem
+from rawmerge.errors import OutputError, Problem, quote
+from rawmerge.output.folder_lock import locked_folder
 from rawmerge.signals import HeldSignals
 
 _MARGIN_BYTES: Final = 2**20  # directories, block ends and the record
 _TAG: Final = "rawmerge"
 #: What systems answer to a rename onto a directory that holds something: XFS the second.
 _NOT_EMPTY: Final = {errno.ENOTEMPTY, errno.EEXIST}
+#: So much of an output's name is in that of the directory that it is made in; a name of 255 bytes holds it anyway.
+_SHOWN: Final = 40
+#: Linux, include/uapi/linux/fcntl.h and fs.h.
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 PUBLISHED_NOTE: Final = "the output was published before"
 
 
@@ -119,14 +128,20 @@ def _looks_like_checkpoint(output: Path, record_name: str) -> bool:
 class StagingDirectory:
     """A new directory beside the target; removed on leaving the block unless it was published.
 
+    Its name follows from the target's, so that a second merge to it is noticed, and what one that was killed left.
+
     Attributes:
         output: the target.
         path: the directory, a hidden one unless another is given.
+        notes: what was found in its place.
     """
 
     def __init__(self, output: Path, path: Path | None = None) -> None:
         self.output = output
-        self.path = path or output.parent / f".{_TAG}-{os.getpid()}-{os.urandom(4).hex()}"
+        self.path = path or hidden_beside(output)
+        self._is_hidden = path is None
+        self.notes: list[str] = []
+        self._lock = ExitStack()
         self._created: list[Path] = []
         self._published = False
 
@@ -134,17 +149,19 @@ class StagingDirectory:
         try:
             self._make()
         except BaseException:
-            self._remove()
+            with self._lock:
+                remove_folders(self._created)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._published:
-            self._remove()
-        elif error is not None:
-            error.add_note(PUBLISHED_NOTE)
+        with self._lock:
+            if not self._published:
+                self._remove()
+            elif error is not None:
+                error.add_note(PUBLISHED_NOTE)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file durably."""
@@ -175,11 +192,17 @@ class StagingDirectory:
             self._rename(policy)
 
     def _rename(self, policy: OutputPolicy) -> None:
-        old = self.path.with_name(f"{self.path.name}-old")
+        old = self._replaced
         # it may have come into being since it was checked: renaming onto a directory that is not empty fails
         replaces = policy.overwrite and self.output.exists()
         if replaces and not _looks_like_checkpoint(self.output, policy.record_name):
             raise self._other_work()
+        # an unfinished folder tells by its names how far it is
+        if replaces and self._is_hidden and exchange(self.path, self.output):
+            self._published = True
+            sync_directory(self.output.parent)
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
         if replaces:
             self.output.rename(old)
         try:
@@ -194,16 +217,58 @@ class StagingDirectory:
         sync_directory(self.output.parent)
         shutil.rmtree(old, ignore_errors=True)
 
+    @property
+    def _replaced(self) -> Path:
+        """What stood at the output, where it has to go before the new one comes."""
+        return self.path.with_name(f"{self.path.name}-old")
+
+    def _restore(self) -> None:
+        """Give back its name to an output that a merge that was killed had put aside."""
+        if self.output.exists():  # it was killed after the new one had come
+            shutil.rmtree(self._replaced)
+            return
+        self._replaced.rename(self.output)
+        self.path.rmdir()
+        found = "the one of before, which a merge that was killed was replacing; it has its name again"
+        raise OutputError(Problem(str(self.output), "nothing there yet", found, "run the command again"))
+
     def _other_work(self) -> OSError:
         return OSError(errno.ENOTEMPTY, "the output has changed meanwhile and holds other work", str(self.output))
 
     def _make(self) -> None:
         make_folders(self.output.parent, self._created)
-        self.path.mkdir()
+        was_there = self._lock.enter_context(locked_folder(self.path))
+        if self._replaced.exists():
+            self._restore()
+        if not was_there:
+            return
+        for entry in self.path.iterdir():  # of a merge that was killed: nothing in it is of use
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        self.notes.append(f"{quote(self.path)}, which a merge that was killed had left, was cleared")
 
     def _remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         remove_folders(self._created)
+
+
+def hidden_beside(output: Path) -> Path:
+    """Return the hidden directory beside `output` in which it is made; the same for every process."""
+    at = Path(os.path.abspath(output))  # noqa: PTH100  # `out/..` has no name of its own
+    digest = hashlib.sha256(os.fsencode(at.name)).hexdigest()[:8]
+    return at.parent / f".{_TAG}-{at.name[:_SHOWN]}-{digest}"
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two directories take each other's name at once, where the system can; return whether it did.
+
+    Source: renameat2(2), RENAME_EXCHANGE; Linux 3.15, glibc 2.28.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    return call is not None and call(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
 
 
 def make_folders(folder: Path, created: list[Path]) -> None:

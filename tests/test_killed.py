@@ -1,0 +1,162 @@
+"""What a merge that is killed outright leaves, and two merges to one output."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import rawmerge
+from rawmerge.errors import OutputError
+from rawmerge.output import output_directory
+from rawmerge.output.output_directory import hidden_beside
+from tests.builders import folder_bytes
+
+Paths = tuple[Path, Path]
+
+#: Merges, and is killed before its file operation of the number that the last argument says.
+DIES = """
+import os, signal, sys, threading
+import rawmerge
+left, lock = int(sys.argv[4]), threading.Lock()
+def counted(name):
+    call = getattr(os, name)
+    def run(*arguments, **named):
+        global left
+        with lock:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **named)
+    setattr(os, name, run)
+for name in ("pwrite", "fsync", "rename", "mkdir", "rmdir", "unlink", "posix_fallocate", "open"):
+    counted(name)
+os.fsync = lambda _: None
+rawmerge.merge_adapter(*sys.argv[1:4], overwrite=True, threads=1)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def dying(paths: Paths, output: Path, number: int) -> int:
+    command = [sys.executable, "-c", DIES, *map(str, paths), str(output), str(number)]
+    return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode
+
+
+@pytest.mark.parametrize("stands", [False, True])
+def test_a_merge_that_is_killed_anywhere_leaves_the_output_absent_or_whole(
+    tiny: Paths, tmp_path: Path, stands: bool
+) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, tmp_path / "golden")
+    golden = folder_bytes(tmp_path / "golden")
+    rawmerge.merge_adapter(*tiny, tmp_path / "before", dtype="float32")
+    before = folder_bytes(tmp_path / "before")
+    inputs = [folder_bytes(path) for path in tiny]
+    killed = 0
+    for number in (*range(1, 60, 9), 1000):
+        if stands:
+            rawmerge.merge_adapter(*tiny, output, dtype="float32", overwrite=True)
+        killed += dying(tiny, output, number) == -signal.SIGKILL
+        found = folder_bytes(output) if output.exists() else None
+        assert found in ([before, golden] if stands else [None, golden]), number
+        assert [folder_bytes(path) for path in tiny] == inputs
+        rawmerge.merge_adapter(*tiny, output, overwrite=True)
+        assert folder_bytes(output) == golden
+        assert names(tmp_path) == ["adapter", "base", "before", "golden", "out"]
+        if not stands:
+            for path in output.iterdir():
+                path.unlink()
+            output.rmdir()
+    assert killed >= 4
+
+
+def test_what_a_killed_merge_left_is_told_and_cleared(tiny: Paths, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert dying(tiny, output, 12) == -signal.SIGKILL
+    left, inputs = hidden_beside(output), folder_bytes(tiny[0])
+    assert left.exists()
+    (left / "link").symlink_to(tiny[0])
+    (left / "folder").mkdir()
+    (left / "folder/file").write_text("x")
+    summary = rawmerge.merge_adapter(*tiny, output)
+    assert f"{str(left)!r}, which a merge that was killed had left, was cleared" in summary.notes
+    assert names(tmp_path) == ["adapter", "base", "out"]
+    assert folder_bytes(tiny[0]) == inputs
+
+
+def test_a_second_merge_to_one_output_is_refused_and_the_first_goes_on(tiny: Paths, tmp_path: Path) -> None:
+    begun, refused = threading.Event(), threading.Event()
+
+    def wait(_: rawmerge.Progress) -> None:
+        begun.set()
+        assert refused.wait(60)
+
+    first = threading.Thread(target=lambda: rawmerge.merge_adapter(*tiny, tmp_path / "out", progress=wait))
+    first.start()
+    assert begun.wait(60)
+    try:
+        command = [sys.executable, "-m", "rawmerge", "merge", *map(str, tiny), "-o", "out", "--json"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+        with pytest.raises(OutputError, match="another process is making"):
+            rawmerge.merge_adapter(*tiny, tmp_path / "base/../out", overwrite=True)
+    finally:
+        refused.set()
+        first.join()
+    assert done.returncode == 3, done.stderr
+    assert "another process is making" in json.loads(done.stdout)["message"]
+    assert names(tmp_path) == ["adapter", "base", "out"]
+    assert rawmerge.verify_merge(tmp_path / "out", *tiny).is_equal
+
+
+def test_merges_to_outputs_side_by_side_do_not_meet(tiny: Paths, tmp_path: Path) -> None:
+    outputs = [tmp_path / name for name in ("a", "b", "a" * 60, "a" * 60 + "b", "ü" * 100)]
+    assert len({hidden_beside(output) for output in outputs}) == len(outputs)
+    threads = [threading.Thread(target=rawmerge.merge_adapter, args=(*tiny, output)) for output in outputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(rawmerge.verify_merge(output, *tiny).is_equal for output in outputs)
+
+
+def test_where_names_cannot_be_exchanged_an_output_that_was_put_aside_comes_back(
+    tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_directory, "exchange", lambda *_: False)
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output, dtype="float32")
+    before = folder_bytes(output)
+    rawmerge.merge_adapter(*tiny, output, overwrite=True)
+    golden = folder_bytes(output)
+    assert golden != before
+    aside = hidden_beside(output).with_name(f"{hidden_beside(output).name}-old")
+    output.rename(aside)  # as if killed between the two renames
+    with pytest.raises(OutputError, match="it has its name again"):
+        rawmerge.merge_adapter(*tiny, output)
+    assert folder_bytes(output) == golden
+    assert names(tmp_path) == ["adapter", "base", "out"]
+    output.rename(aside)  # as if killed after the second
+    rawmerge.merge_adapter(*tiny, tmp_path / "other")
+    (tmp_path / "other").rename(output)
+    rawmerge.merge_adapter(*tiny, output, overwrite=True)
+    assert names(tmp_path) == ["adapter", "base", "out"]
+
+
+def test_an_exchange_is_at_once_or_not_at_all(tmp_path: Path) -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("Linux only")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert output_directory.exchange(tmp_path / "a", tmp_path / "b")
+    assert (names(tmp_path / "a"), names(tmp_path / "b")) == (["b"], ["a"])
+    assert not output_directory.exchange(tmp_path / "a", tmp_path / "nothing")
+    assert names(tmp_path) == ["a", "b"]
