@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -11,7 +12,7 @@ from rawmerge.consuming.finished_merge import finished_merge
 from rawmerge.consuming.plan_difference import difference
 from rawmerge.consuming.unfinished import unfinished_plan
 from rawmerge.engine.jobs import ProgressCallback
-from rawmerge.errors import MergeError, MissingFileError, OutputError, Problem, quote
+from rawmerge.errors import MergeError, MissingFileError, OutputError, Problem, RawmergeError, quote
 from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.weight_map import INDEX_NAME
@@ -61,9 +62,22 @@ def plan_merge(
 
 
 def _plan(base: str | os.PathLike[str], adapter: str | os.PathLike[str], options: MergeOptions) -> MergePlan:
-    base_source, adapter_source = resolve_base(base), resolve_adapter(adapter)
-    repos = {"base_repo": base_source.pinned, "adapter_repo": adapter_source.pinned}
-    return make_plan(base_source.path, adapter_source.path, options, **repos)
+    with _read_errors_refused(base):
+        base_source, adapter_source = resolve_base(base), resolve_adapter(adapter)
+        repos = {"base_repo": base_source.pinned, "adapter_repo": adapter_source.pinned}
+        return make_plan(base_source.path, adapter_source.path, options, **repos)
+
+
+@contextmanager
+def _read_errors_refused(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a refusal of what the system says against reading, where nothing is written yet."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RawmergeError):
+            raise
+        found = error.strerror or str(error)
+        raise MissingFileError(Problem(str(error.filename or path), "to be readable", found)) from error
 
 
 def plan_for_output(
@@ -90,7 +104,9 @@ def plan_for_output(
             `output` is unfinished, or this one has consumed its base and is finished. ValueError: an option is none
             of its choices.
     """
-    if plan := unfinished_plan(Path(output), options, lambda plan: _other_inputs(plan, base, adapter)):
+    with _read_errors_refused(output):
+        plan = unfinished_plan(Path(output), options, lambda plan: _other_inputs(plan, base, adapter))
+    if plan:
         return plan
     try:
         return _plan(base, adapter, options)
@@ -238,4 +254,5 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
     Raises:
         RefusedError: neither a base nor an adapter can be read there.
     """
-    return inspect_root(resolve_either(path).path)
+    with _read_errors_refused(path):
+        return inspect_root(resolve_either(path).path)
