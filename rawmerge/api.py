@@ -238,13 +238,17 @@ def verify_merge(
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be a number of at least 0, not {tolerance!r}")
     at = Path(output).expanduser()
-    if base is None or adapter is None:
-        return verify_alone(at)
     given = {"compute_dtype": compute_dtype, "output_dtype": dtype, "vocab": vocab, "tokenizer": tokenizer}
-    plan = _plan(base, adapter, options_to_verify(at, {**given, "moe_lora_b_layout": moe_lora_b_layout}))
+    with _read_errors_refused(at):
+        if base is None or adapter is None:
+            return verify_alone(at)
+        options = options_to_verify(at, {**given, "moe_lora_b_layout": moe_lora_b_layout})
+    plan = _plan(base, adapter, options)
     try:
         return verify_against(at, plan, RunOptions(**choices), tolerance=tolerance, report=progress)
     except OSError as error:
+        if isinstance(error, RawmergeError):
+            raise
         raise MergeError(f"{quote(error.filename or at)}: {error.strerror or error}; it was not verified") from error
 
 

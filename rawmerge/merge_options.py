@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
+
 #: What may become of a vocabulary that is smaller than the base's.
 OVERLAY: Final = "overlay"
 #: Whose tokenizer files the output gets.
@@ -12,6 +14,16 @@ TOKENIZERS: Final = ("base", "adapter")
 #: How the columns of a lora_B on fused experts are ordered: PEFT's way, and Unsloth's until September 2026.
 GROUPED: Final = "grouped_by_expert"
 LAYOUTS: Final = ("rank_major", GROUPED)
+
+
+#: Field of `MergeOptions` to what it may be; an empty text stands for what is said of it there.
+CHOICES: Final = {
+    "compute_dtype": COMPUTE_DTYPES,
+    "output_dtype": ("", *OUTPUT_DTYPES),
+    "vocab": ("", OVERLAY),
+    "tokenizer": TOKENIZERS,
+    "moe_lora_b_layout": ("", *LAYOUTS),
+}
 
 
 @dataclass(frozen=True, slots=True)

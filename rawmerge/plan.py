@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rawmerge.dtypes import COMPUTE_DTYPES, DTYPES, OUTPUT_DTYPES
+from rawmerge.dtypes import DTYPES, OUTPUT_DTYPES
 from rawmerge.errors import PlanError, Problem, ProblemCollector
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
@@ -21,7 +20,7 @@ from rawmerge.inputs.tensor_source import TensorFile, TensorSource
 from rawmerge.layer_replication import layer_order, replicate_layers
 from rawmerge.matching.ledger import Addition
 from rawmerge.matching.matcher import Matches, match_adapter
-from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS, MergeOptions
+from rawmerge.merge_options import CHOICES, MergeOptions
 from rawmerge.merge_plan import (
     InputFile,
     KeepTensor,
@@ -81,17 +80,10 @@ def make_plan(
 
 
 def _check_options(options: MergeOptions) -> None:
-    choices = {
-        "compute_dtype": COMPUTE_DTYPES,
-        "dtype": ("", *OUTPUT_DTYPES),
-        "vocab": ("", OVERLAY),
-        "tokenizer": TOKENIZERS,
-        "moe_lora_b_layout": ("", *LAYOUTS),
-    }
-    stated = {**dataclasses.asdict(options), "dtype": options.output_dtype}
-    for name, allowed in choices.items():
-        if stated[name] not in allowed:
-            raise ValueError(f"{name} must be one of {tuple(filter(None, allowed))}, not {stated[name]!r}")
+    for field, allowed in CHOICES.items():
+        if (value := getattr(options, field)) not in allowed:
+            name = "dtype" if field == "output_dtype" else field
+            raise ValueError(f"{name} must be one of {tuple(filter(None, allowed))}, not {value!r}")
 
 
 class _Planner:

@@ -113,16 +113,19 @@ def error_text(error: RawmergeError) -> str:
     notes = [f"    {note}" for note in getattr(error, "__notes__", ())]
     if not isinstance(error, RefusedError) or len(error.problems) <= 1:
         return "\n".join([str(error), *notes])
+    return "\n".join([f"{len(error.problems)} problems", *_problem_lines(error.problems), *notes])
+
+
+def _problem_lines(problems: Iterable[Problem]) -> Iterator[str]:
+    """Yield the lines of a list, in which problems that differ in layer numbers only are told once."""
     families: dict[Problem, list[Problem]] = {}
-    for problem in error.problems:
+    for problem in problems:
         families.setdefault(_without_layers(problem), []).append(problem)
-    lines = [f"{len(error.problems)} problems"]
     for family in list(families.values())[:_MAX_PROBLEMS]:
         more = f"\n    and {len(family) - 1} more that differ in layer numbers only" if len(family) > 1 else ""
-        lines.append(f"  - {family[0]}{more}")
+        yield f"  - {family[0]}{more}"
     if len(families) > _MAX_PROBLEMS:
-        lines.append(f"  and {len(families) - _MAX_PROBLEMS} more kinds (--json lists all)")
-    return "\n".join([*lines, *notes])
+        yield f"  and {len(families) - _MAX_PROBLEMS} more kinds (--json lists all)"
 
 
 def left_out_lines(plan: MergePlan) -> list[str]:
@@ -139,10 +142,8 @@ def verification_text(made: Verification) -> str:
     """Return what a verification found, in lines for people."""
     elements = f"{made.tensor_count} tensors, {made.element_count} elements"
     if made.findings:
-        lines = [f"{quote(made.output)}: {len(made.findings)} findings in {elements}"]
-        lines += [f"  - {finding}" for finding in made.findings[:_MAX_PROBLEMS]]
-        if len(made.findings) > _MAX_PROBLEMS:
-            lines.append(f"  and {len(made.findings) - _MAX_PROBLEMS} more (--json lists all)")
+        lines = [f"{quote(made.output)}: {len(made.findings)} finding{'s'[: len(made.findings) != 1]} in {elements}"]
+        lines += _problem_lines(made.findings)
     elif not made.replayed:
         lines = [f"{elements}: headers, index, config and record agree with each other"]
     elif made.differences:

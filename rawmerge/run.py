@@ -99,7 +99,7 @@ def run_plan(
     try:
         origins = check_request(request)
         paths = StepPaths(plan.options.compute_dtype, request.options)
-        budget, forecast = choose_budget(plan, request.options, paths)
+        budget, forecast = choose_budget(plan, request.options, paths, request.reserved_bytes)
         with request.signals, _device(request.options) as device:
             there = replace(request, device=device, budget=budget, paths=paths)
             written = consume_base(there) if request.options.consume_base else write_output(there, origins)
@@ -145,7 +145,7 @@ def check_run(plan: MergePlan, output: str | Path, **choices: Unpack[RunChoices]
     """
     request = RunRequest(plan, Path(output), RunOptions(**choices))
     origins = check_request(request)
-    choose_budget(plan, request.options)
+    choose_budget(plan, request.options, reserved=request.reserved_bytes)
     with _device(request.options):
         pass  # it is there
     linked = [f"{name} becomes a link to {path}" for name, path in origins.links.items()]

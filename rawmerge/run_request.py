@@ -12,7 +12,7 @@ from rawmerge.computing.step_paths import StepPaths
 from rawmerge.engine.jobs import Progress, ProgressCallback
 from rawmerge.formats.adapter_config import CONFIG_NAME
 from rawmerge.inputs.identity import RECORD_NAME
-from rawmerge.memory.budget import MemoryBudget
+from rawmerge.memory.budget import COMPARING_BYTES, MemoryBudget
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.manifest import Manifest
 from rawmerge.output.output_directory import OutputPolicy
@@ -60,6 +60,11 @@ class RunRequest:
             yield replace(self, manifest=manifest)
         finally:
             manifest.close()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Memory that is left for comparing, in bytes."""
+        return COMPARING_BYTES if self.options.verify else 0
 
     def report_to_end(self, progress: Progress) -> None:
         """Let the run end here where it was told to, and tell of the progress."""

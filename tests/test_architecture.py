@@ -22,7 +22,7 @@ FLOORS = {
     "dtypes": 0,
     "errors": 0,
     "file_errors": 0,
-    "merge_options": 0,
+    "merge_options": 1,
     "run_options": 0,
     "user_cache": 0,
     "versions": 0,

@@ -31,6 +31,11 @@ def write(folder: Path, names: list[str]) -> None:
         path.write_bytes(os.fsencode(name) * 3)
 
 
+def manifest_of_shards(folder: Path) -> bytes:
+    shards = folder.glob("*.safetensors")
+    return b"".join(f"{hashlib.sha256(at.read_bytes()).hexdigest()}  {at.name}\n".encode() for at in shards)
+
+
 def manifest_of(folder: Path) -> bytes:
     manifest = Manifest(folder)
     try:
@@ -118,6 +123,24 @@ def test_a_pipe_in_a_manifest_is_not_waited_for(tiny: Paths, tmp_path: Path) -> 
     output = tmp_path / "out"
     rawmerge.merge_adapter(*tiny, output)
     os.mkfifo(output / "pipe")
-    (output / MANIFEST_NAME).write_bytes(b"0" * 64 + b"  pipe\n")
+    (output / MANIFEST_NAME).write_bytes(manifest_of_shards(output) + b"0" * 64 + b"  pipe\n")
     (finding,) = rawmerge.verify_merge(output).findings
     assert "regular file" in finding.expected
+    (output / MANIFEST_NAME).unlink()
+    os.mkfifo(output / MANIFEST_NAME)
+    assert any("regular file" in finding.expected for finding in rawmerge.verify_merge(output).findings)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\n" * 1000])
+def test_a_manifest_that_lists_no_shard_is_a_finding(tiny: Paths, tmp_path: Path, raw: bytes) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output)
+    (output / MANIFEST_NAME).write_bytes(raw)
+    shards = {path.name for path in output.glob("*.safetensors")}
+    assert {finding.subject for finding in rawmerge.verify_merge(output).findings} == shards
+
+
+def test_one_file_that_is_none_does_not_hide_another(tmp_path: Path) -> None:
+    write(tmp_path, ["a", "folder/b"])
+    lines = b"0" * 64 + b"  folder\n" + b"0" * 64 + b"  a\n"
+    assert [problem.subject for problem in manifest_problems(tmp_path, lines)] == [str(tmp_path / "folder"), "a"]

@@ -190,6 +190,10 @@ def test_tensors_that_are_missing_too_many_or_of_another_layout_are_told(paths: 
 EDITS: dict[str, Callable[[Path], object]] = {
     "tokenizer.json": lambda out: (out / "tokenizer.json").write_text("[]"),
     "config.json": lambda out: (out / "config.json").write_text('{"dtype": "float32"}'),
+    "rawmerge.json": lambda out: (out / "rawmerge.json").write_text("{garbage"),
+    "rawmerge.json: history": lambda out: edit_json(out / "rawmerge.json", history=7),
+    "rawmerge.json: dtype": lambda out: edit_json(out / "rawmerge.json", options={"dtype": "int3"}),
+    "rawmerge.json: options": lambda out: edit_json(out / "rawmerge.json", options=[]),
     "model.safetensors.index.json": lambda out: edit_json(out / "model.safetensors.index.json", metadata={}),
     "model-00002-of-00002.safetensors": lambda out: rewrite(out / "model-00002-of-00002.safetensors"),
     "rawmerge.json: base": lambda out: edit_json(out / "rawmerge.json", base={"shards": []}),
@@ -237,9 +241,54 @@ def test_an_output_alone_is_looked_at_for_what_contradicts_itself(paths: Paths, 
     assert "values were not looked at" in made.notes[0]
     edit_json(output / "model.safetensors.index.json", metadata={"total_size": 5})
     edit_json(output / "config.json", dtype="float32")
+    (output / "model-00003-of-00003.safetensors").touch()
     edit_json(output / "rawmerge.json", tensors={"kept": 3})
-    subjects = {finding.subject for finding in rawmerge.verify_merge(output).findings}
-    assert subjects == {"model.safetensors.index.json", "config.json", "rawmerge.json"}
+    made = rawmerge.verify_merge(output)
+    assert {finding.subject for finding in made.findings} == {"model.safetensors.index.json", "rawmerge.json"}
+    assert "config.json says float32, and most of the tensors are BF16" in made.notes
+    assert any("also holds 'model-00003-of-00003.safetensors'" in note for note in made.notes)
+
+
+def test_a_record_that_cannot_be_read_hides_no_other_change(paths: Paths, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*paths, output)
+    (output / "rawmerge.json").write_text("{garbage")
+    (output / "tokenizer.json").write_text("[]")
+    assert {finding.subject for finding in verify(output, paths).findings} == {"rawmerge.json", "tokenizer.json"}
+
+
+def test_a_tie_of_which_one_side_is_stored_is_no_finding(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+    path = "model.layers.0.q_proj"
+    weights = {"model.embed_tokens.weight": random_tensor((20, 8)), f"{path}.weight": random_tensor((12, 8))}
+    base = write_base(tmp_path / "base", [weights], config)
+    rows = random_tensor((20, 8), torch.float32, 5)
+    saved = {f"{PREFIX}model.embed_tokens.weight": rows, f"{PREFIX}lm_head.weight": rows.clone()}
+    fields = {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]}
+    adapter = write_adapter(tmp_path / "adapter", {**lora_pair(path, 12, 8), **saved}, **fields)
+    assert rawmerge.merge_adapter(base, adapter, tmp_path / "out", verify=True).verified
+    assert rawmerge.verify_merge(tmp_path / "out").is_equal
+    assert rawmerge.verify_merge(tmp_path / "out", base, adapter).is_equal
+    tensors = {
+        **load_file(tmp_path / "out/model.safetensors"),
+        "model.embed_tokens.weight": weights["model.embed_tokens.weight"],
+    }
+    (finding,) = rawmerge.verify_merge(write_output(tmp_path / "bare", tensors), base, adapter).findings
+    assert finding.found == "the base without the delta in 1 tensor of 2"
+
+
+def test_a_config_whose_dtype_no_tensor_has_is_no_finding(paths: Paths, tmp_path: Path) -> None:
+    edit_json(paths[0] / "config.json", dtype="float16")
+    assert rawmerge.merge_adapter(*paths, tmp_path / "out", verify=True).verified
+
+
+def test_a_delta_that_is_missing_in_some_rows_is_no_scale(paths: Paths, tmp_path: Path) -> None:
+    tensors, base = summed(paths), base_tensors(paths)
+    for path in MODULES[:2]:
+        tensors[f"{path}.weight"][:40] = base[f"{path}.weight"][:40]
+    (finding,) = verify(write_output(tmp_path / "out", tensors), paths).findings
+    assert finding.found.startswith("the base without the delta in part of 2 tensors")
+    assert "some rows, experts or blocks" in finding.hint
 
 
 def test_a_broken_output_is_a_finding_and_a_broken_input_a_refusal(paths: Paths, tmp_path: Path) -> None:
@@ -253,6 +302,14 @@ def test_a_broken_output_is_a_finding_and_a_broken_input_a_refusal(paths: Paths,
     (paths[1] / "adapter_config.json").unlink()
     with pytest.raises(rawmerge.RefusedError):
         verify(output, paths)
+
+
+@pytest.mark.parametrize("name", ["nothing", "adapter", "a" * 300, "a/" * 3000])
+def test_what_is_no_checkpoint_is_refused(paths: Paths, tmp_path: Path, name: str) -> None:
+    for arguments in ((), paths):
+        with pytest.raises(rawmerge.RefusedError):
+            rawmerge.verify_merge(tmp_path / name, *arguments)
+    assert invoke("verify", tmp_path / name).exit_code == 3
 
 
 def test_a_verification_changes_no_file(paths: Paths, tmp_path: Path) -> None:
@@ -270,8 +327,12 @@ def test_wrong_calls_are_errors(paths: Paths, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype"):
         verify(tmp_path, paths, dtype="int8")
     rawmerge.merge_adapter(*paths, tmp_path / "out")
-    with pytest.raises(MemoryLimitError):
+    with pytest.raises(MemoryLimitError, match=r"40\.0 MB for comparing"):
         verify(tmp_path / "out", paths, max_memory=10**6)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(MemoryLimitError, match=r"40\.0 MB for comparing"):
+        rawmerge.merge_adapter(*paths, tmp_path / "other", max_memory=10**6, verify=True)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def invoke(*arguments: object) -> Any:

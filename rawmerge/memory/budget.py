@@ -27,6 +27,8 @@ MAX_THREADS: Final = 8
 ALLOWANCE: Final = 64 * 2**20
 #: What is kept at most of adapter tensors that several steps read; a layer of experts of rank 16 takes a quarter.
 SHARED_BYTES: Final = 256 * 2**20
+#: What comparing an output takes beside computing it again: numpy, where anything differs, and what was found.
+COMPARING_BYTES: Final = 40 * 10**6
 #: Bytes that may wait for the disk, at most and at least, where memory is limited.
 _WINDOW_BYTES: Final = 64 * 2**20
 _LOWEST_WINDOW: Final = 2 * 2**20
@@ -65,12 +67,18 @@ def default_threads(*, needs_torch: bool = False) -> int:
 
 
 def choose_budget(
-    plan: MergePlan, options: RunOptions, paths: StepPaths | None = None
+    plan: MergePlan, options: RunOptions, paths: StepPaths | None = None, reserved: int = 0
 ) -> tuple[MemoryBudget, MemoryForecast]:
     """Return what a merge may take, and what it is predicted to take with that.
 
     The limit is `max_memory`, else that of the process's control group, and RLIMIT_DATA; without one, some 64 MiB
     beside Python and torch.
+
+    Args:
+        plan: what is computed.
+        options: how.
+        paths: what computes which step, None for what this machine knows.
+        reserved: bytes of a limit that are left for something else.
 
     Raises:
         MemoryLimitError: the limit cannot be kept; with the tensor that needs most.
@@ -80,12 +88,12 @@ def choose_budget(
     limit = _limit(options)
     _check_address_space(forecaster)
     first = forecaster.forecast(threads, shared_bytes=0)
-    allowed = limit.byte_count if limit else first.python + first.torch + ALLOWANCE
+    allowed = limit.byte_count - reserved if limit else first.python + first.torch + ALLOWANCE
     tried = [(count, size, forecaster.forecast(count, size, 0)) for count, size in _choices(threads, bool(limit))]
     fitting = (choice for choice in tried if choice[2].peak <= allowed)
     count, size, least = next(fitting, tried[-1])
     if limit and limit.is_hard and least.peak > allowed:
-        raise MemoryLimitError(_refusal(least, limit))
+        raise MemoryLimitError(_refusal(least, limit, reserved))
     shared = min(SHARED_BYTES, max(0, allowed - least.peak))
     budget = MemoryBudget(
         threads=count,
@@ -125,7 +133,7 @@ def _window(limit: MemoryLimit, peak: int) -> int:
     return min(_WINDOW_BYTES, max(_LOWEST_WINDOW, (limit.byte_count - peak) // 4))
 
 
-def _refusal(least: MemoryForecast, limit: MemoryLimit) -> Problem:
+def _refusal(least: MemoryForecast, limit: MemoryLimit, reserved: int) -> Problem:
     """Return what one thread with the lowest tiles needs; parts are rounded up, so that a limit of the sum is kept."""
     name, held = least.largest
     parts = {
@@ -134,6 +142,7 @@ def _refusal(least: MemoryForecast, limit: MemoryLimit) -> Problem:
         "buffers": least.buffers,
         "this tensor": held,
         "libraries and trials": least.updates - held,
+        "comparing": reserved,
     }
     tenths = {what: -(-count // 10**5) for what, count in parts.items() if count}
     needed = f"{sum(tenths.values()) / 10:.1f} MB"

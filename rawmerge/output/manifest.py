@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from rawmerge.errors import Problem
+from rawmerge.errors import MissingFileError, Problem
 from rawmerge.inputs.tensor_source import open_regular_file
 
 MANIFEST_NAME: Final = "SHA256SUMS"
@@ -82,27 +82,41 @@ def parse_manifest(raw: bytes) -> dict[str, str]:
     return digests
 
 
-def manifest_problems(folder: Path, raw: bytes) -> Iterator[Problem]:
-    """Yield each file that is missing, or has another digest than a manifest says.
+def manifest_problems(folder: Path, raw: bytes, needed: Iterable[str] = ()) -> Iterator[Problem]:
+    """Yield each file that is missing, is no regular file, or has another digest than a manifest says.
 
     Args:
         folder: where the files lie.
         raw: the manifest.
+        needed: names that it must list.
 
     Raises:
-        MissingFileError: a file is no regular file; OSError: it cannot be read.
+        OSError: a file cannot be read.
     """
     try:
         digests = parse_manifest(raw)
     except ValueError as error:
         yield Problem(MANIFEST_NAME, "lines of a digest and a file's name in the folder, each once", str(error))
         return
+    for name in needed:
+        if name not in digests:
+            yield Problem(name, f"a file that {MANIFEST_NAME} lists", "one that it does not")
     for name, digest in digests.items():
         path = folder / name
         if not os.path.lexists(path):
             yield Problem(name, f"a file that {MANIFEST_NAME} lists", "no such file")
-        elif (found := file_digest(path)) != digest:
-            yield Problem(name, f"SHA-256 {digest}, by {MANIFEST_NAME}", found, "it was changed, or damaged, since")
+        else:
+            yield from _digest_problems(path, name, digest)
+
+
+def _digest_problems(path: Path, name: str, digest: str) -> Iterator[Problem]:
+    try:
+        found = file_digest(path)
+    except MissingFileError as error:
+        yield from error.problems
+        return
+    if found != digest:
+        yield Problem(name, f"SHA-256 {digest}, by {MANIFEST_NAME}", found, "it was changed, or damaged, since")
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from rawmerge.dtypes import DTYPES, OUTPUT_DTYPES
-from rawmerge.errors import Problem
+from rawmerge.errors import Problem, quote
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.weight_map import INDEX_NAME
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.output.record import RECORD_FORMAT
+from rawmerge.output.side_files import CHECKSUM_FILES, left_out_reason
 
 _CODES: Final = {**OUTPUT_DTYPES, "float64": "F64"}
 
@@ -25,7 +26,6 @@ def checkpoint_problems(found: BaseCheckpoint, record: Mapping[str, Any]) -> Ite
         record: its merge record; empty where it has none.
     """
     yield from _index_problems(found)
-    yield from _config_problems(found)
     if record:
         yield from _record_problems(found, record)
 
@@ -43,27 +43,26 @@ def _index_problems(found: BaseCheckpoint) -> Iterator[Problem]:
         yield Problem(INDEX_NAME, f"a total_size of {total}, the bytes of all tensors", repr(stated)[:80])
 
 
-def _config_problems(found: BaseCheckpoint) -> Iterator[Problem]:
-    """Yield a dtype in the config that no float tensor has."""
+def checkpoint_notes(found: BaseCheckpoint) -> Iterator[str]:
+    """Yield what is odd, and may be meant: a dtype in the config that no tensor has, weights that are not listed."""
     fields = found.config.fields
     stated = fields.get("dtype", fields.get("torch_dtype"))
     code = _CODES.get(stated) if isinstance(stated, str) else None
     stored = Counter(at.dtype for at in found.tensors.values() if DTYPES[at.dtype].is_mergeable)
     if code and stored and code not in stored:
-        usual = stored.most_common(1)[0][0]
-        yield Problem(CONFIG_NAME, f"the dtype of some tensor, such as {usual}", f"{stated}, which none has")
+        yield f"{CONFIG_NAME} says {stated}, and most of the tensors are {stored.most_common(1)[0][0]}"
+    own = {INDEX_NAME, *(shard.path.name for shard in found.shards), *CHECKSUM_FILES}
+    names = sorted(path.name for path in found.root.iterdir()) if found.is_directory else []
+    if others := [name for name in names if name not in own and left_out_reason(name, 0)]:
+        yield f"it also holds {', '.join(map(quote, others[:8]))}, which some loaders take for its weights"
 
 
 def _record_problems(found: BaseCheckpoint, record: Mapping[str, Any]) -> Iterator[Problem]:
     if record.get("format") != RECORD_FORMAT:
         yield Problem(RECORD_NAME, f"a record in the format {RECORD_FORMAT}", ascii(record.get("format"))[:80])
         return
-    counts, uses = record.get("tensors"), record.get("adapter_tensors")
+    counts = record.get("tensors")
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
         yield Problem(RECORD_NAME, "a table of counts in 'tensors'", ascii(counts)[:80])
     elif sum(counts.values()) != len(found.tensors):
         yield Problem(RECORD_NAME, f"an account of {len(found.tensors)} tensors", f"one of {sum(counts.values())}")
-    for use in uses if isinstance(uses, list) else ():
-        name = use.get("tensor") if isinstance(use, dict) else None
-        if isinstance(name, str) and name and "*" not in name and name not in found.tensors:
-            yield Problem(name, "a tensor that the record accounts for", "no such tensor")

@@ -13,11 +13,11 @@ from typing import Final
 from rawmerge.dtypes import DTYPES
 from rawmerge.engine.page_edges import place_in
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
-from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step, UpdateTensor
+from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step
 from rawmerge.verifying.tensor_tally import TensorTally
 
 #: Bytes that are read at a time.
-_CHUNK_BYTES: Final = 2**20
+_CHUNK_BYTES: Final = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +127,17 @@ class ComparedShard:
         return values
 
 
+def is_changed(step: Step) -> bool:
+    """Whether the adapter changes or replaces a tensor; else it has the base's values, cast at most."""
+    return not isinstance(step, KeepTensor) and (
+        isinstance(step, ReplaceTensor) or bool(step.updates) or step.overlay is not None
+    )
+
+
 def _compared(step: Step, data_start: int, found: TensorSource) -> ComparedTensor:
     entry = step.entry
-    is_updated = isinstance(step, UpdateTensor) and bool(step.updates)
     count = entry.byte_count * 8 // DTYPES[entry.dtype].bits
-    tally = TensorTally(entry.name, entry.dtype, count, is_updated=is_updated)
+    tally = TensorTally(entry.name, entry.dtype, count, is_updated=is_changed(step))
     return ComparedTensor(data_start + entry.start, data_start + entry.end, found, _base_of(step), tally)
 
 

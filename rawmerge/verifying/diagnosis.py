@@ -9,7 +9,8 @@ from statistics import median
 from typing import Final
 
 from rawmerge.errors import Problem
-from rawmerge.merge_plan import MergePlan, UpdateTensor
+from rawmerge.merge_plan import MergePlan, Update, UpdateTensor
+from rawmerge.verifying.compared_shard import is_changed
 from rawmerge.verifying.findings import TensorDifference
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -23,6 +24,8 @@ _ROUNDING_ULPS: Final = 2
 _EVERYWHERE: Final = 0.1
 #: Errors of arithmetic are smaller than this share of the delta.
 _IMPRECISION: Final = 0.1
+#: So far off may a scale be that is meant.
+_BLUR: Final = 0.08
 #: Scales that differ by more are no common one.
 _SPREAD: Final = 0.05
 
@@ -43,6 +46,11 @@ def diagnose(plan: MergePlan, differences: Sequence[TensorDifference], tolerance
     if bare:
         yield _bare(plan, bare)
     others = [item for item in updated if not item.equals_base]
+    if partly := [item for item in others if _is_partly_bare(item)]:
+        found = f"the base without the delta in part of {_count(partly)}: {_measured(partly)}"
+        hint = "the adapter was applied to some rows, experts or blocks of them only"
+        yield Problem(_names(partly), "base and delta", found, hint)
+    others = [item for item in others if item not in partly]
     if scaled := [item for item in others if _is_scaled(item)]:
         yield _scaled(plan, scaled)
     others = [item for item in others if item not in scaled]
@@ -56,7 +64,13 @@ def diagnose(plan: MergePlan, differences: Sequence[TensorDifference], tolerance
 
 
 def _is_scaled(item: TensorDifference) -> bool:
-    return item.scale is not None and abs(item.alignment) >= _ALIGNED and item.differing >= _FEW
+    is_sure = abs(item.alignment) >= _ALIGNED and item.differing >= _FEW
+    return item.scale is not None and item.is_explained and is_sure
+
+
+def _is_partly_bare(item: TensorDifference) -> bool:
+    """Whether what differs lacks the delta, which is more than rounding makes of it."""
+    return item.bare >= _ALIGNED and item.max_ulps > _ROUNDING_ULPS and item.differing >= _FEW
 
 
 def _is_within(item: TensorDifference, tolerance: float) -> bool:
@@ -64,14 +78,14 @@ def _is_within(item: TensorDifference, tolerance: float) -> bool:
 
 
 def _kept(plan: MergePlan, kept: Sequence[TensorDifference]) -> Problem:
-    total = sum(not (isinstance(step, UpdateTensor) and step.updates) for step in plan.steps())
+    total = sum(not is_changed(step) for step in plan.steps())
     hint = "it was made from another base" if len(kept) > total / 2 else "they were changed, or damaged, afterwards"
     found = f"other bits in {_count(kept)} of {total} that the adapter does not change"
-    return Problem(_names(kept), "the bits of the base, or of what the adapter stores", found, hint)
+    return Problem(_names(kept), "the base's values", found, hint)
 
 
 def _bare(plan: MergePlan, bare: Sequence[TensorDifference]) -> Problem:
-    total = sum(isinstance(step, UpdateTensor) and bool(step.updates) for step in plan.steps())
+    total = sum(map(is_changed, plan.steps()))
     hint = "the adapter was not applied" if len(bare) == total else "the adapter was applied to the others only"
     return Problem(_names(bare), "base and delta", f"the base without the delta in {_count(bare)} of {total}", hint)
 
@@ -118,7 +132,8 @@ def _measured(items: Sequence[TensorDifference]) -> str:
 
 def _meaning(plan: MergePlan, scale: float) -> str:
     """Return what a scale other than 1 probably comes from."""
-    first = next(update for step in plan.steps() if isinstance(step, UpdateTensor) for update in step.updates)
+    updates = (update for step in plan.steps() if isinstance(step, UpdateTensor) for update in step.updates)
+    first = next(updates, Update("", {}, {}))
     scaling = first.settings.get("scaling")
     known = [(2.0, "the adapter was merged twice"), (-1.0, "the adapter was subtracted")]
     if first.rank > 1:
@@ -126,8 +141,8 @@ def _meaning(plan: MergePlan, scale: float) -> str:
         known.append((1 / sqrt(first.rank), "scaled by alpha / r in place of rsLoRA's alpha / sqrt(r)"))
     if isinstance(scaling, float) and scaling not in {0.0, 1.0}:
         known.append((1 / scaling, "the scaling alpha / r was left out"))
-    # rounding to the storage dtype blurs the delta that the base does not hold yet
-    fitting = [meaning for value, meaning in known if isclose(scale, value, rel_tol=0.15)]
+    # a delta near the rounding of the base is blurred by it
+    fitting = [meaning for value, meaning in known if isclose(scale, value, rel_tol=_BLUR)]
     return ", or ".join([*fitting, f"it was merged with a weight of {scale:.4g} or another alpha"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rawmerge.errors import MissingFileError, Problem
 from rawmerge.formats.strict_json import parse_json_object
@@ -16,7 +16,8 @@ from rawmerge.merge_plan import MergePlan
 from rawmerge.output.outcome import count_steps
 from rawmerge.output.record import record_text
 
-_MAX_TEXT_BYTES = 128 * 2**20
+_MAX_TEXT_BYTES: Final = 128 * 2**20
+_FREE: Final = {"repo", "force", "device"}
 
 
 def file_problems(plan: MergePlan, found: BaseCheckpoint, record: Mapping[str, Any]) -> Iterator[Problem]:
@@ -38,7 +39,8 @@ def file_problems(plan: MergePlan, found: BaseCheckpoint, record: Mapping[str, A
             yield Problem(side.name, "the file of base or adapter", "no such file")
         elif path.stat().st_size != side.byte_count or not same_bytes(_whole(Path(side.path)), _whole(path)):
             yield Problem(side.name, "the bytes of base or adapter", "other bytes")
-    yield from record_problems(plan, record)
+    if record:
+        yield from record_problems(plan, record)
 
 
 def file_notes(plan: MergePlan, found: BaseCheckpoint) -> Iterator[str]:
@@ -56,6 +58,8 @@ def record_problems(plan: MergePlan, record: Mapping[str, Any]) -> Iterator[Prob
         "adapters": "the adapter that was given",
         "tensors": "what becomes of the tensors",
         "adapter_tensors": "where the adapter's tensors go",
+        "history": "the adapters that the base held before",
+        "options": "the options that it was made with",
     }
     for part, meaning in parts.items():
         if _without_repo(record.get(part)) != _without_repo(expected.get(part)):
@@ -63,10 +67,10 @@ def record_problems(plan: MergePlan, record: Mapping[str, Any]) -> Iterator[Prob
 
 
 def _without_repo(part: Any) -> Any:
-    """Return a part of the record without hub names, which a local copy of the same files does not have."""
+    """Return a part of the record without what the same files and bits may have otherwise: hub names, `force`."""
     if isinstance(part, list):
         return [_without_repo(item) for item in part]
-    return {name: value for name, value in part.items() if name != "repo"} if isinstance(part, dict) else part
+    return {name: value for name, value in part.items() if name not in _FREE} if isinstance(part, dict) else part
 
 
 def _header_problems(plan: MergePlan, found: BaseCheckpoint) -> Iterator[Problem]:

@@ -13,15 +13,17 @@ class TensorDifference:
 
     Attributes:
         name: the tensor.
-        is_updated: whether the adapter changes it; else it should be the base's byte for byte, or the adapter's.
+        is_updated: whether the adapter changes or replaces it; else it should have the base's values, cast at most.
         element_count: its elements.
         differing: how many of them have other bits.
         max_ulps: largest distance, in units in the last place of the larger of the expected value and the base's;
             infinity where one of the two is not finite; 0 for dtypes that are no plain floats.
         scale: what the adapter's delta was multiplied by, to fit best; None where that cannot be told.
+        is_explained: whether that factor explains the differences, but for rounding.
         error: the norm of what is wrong, over the norm of the delta, where it differs.
         alignment: how much the differences go along with the delta, from 1 (all in its direction) over 0 (half of them)
             to -1 (all against it). Another scale gives 1 or -1, for rounding keeps the order of values.
+        bare: the share (0 to 1) of the elements that differ which have the base's value.
         equals_base: whether every element that was looked at has the base's bits: the delta is not there.
     """
 
@@ -31,8 +33,10 @@ class TensorDifference:
     differing: int
     max_ulps: float
     scale: float | None = None
+    is_explained: bool = False
     error: float = 0.0
     alignment: float = 0.0
+    bare: float = 0.0
     equals_base: bool = False
 
 

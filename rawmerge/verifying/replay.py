@@ -12,7 +12,7 @@ from rawmerge.engine.jobs import ProgressCallback
 from rawmerge.errors import Problem
 from rawmerge.inputs.input_check import check_inputs
 from rawmerge.inputs.tensor_source import TensorSource
-from rawmerge.memory.budget import choose_budget
+from rawmerge.memory.budget import COMPARING_BYTES, choose_budget
 from rawmerge.merge_plan import MergePlan
 from rawmerge.run_options import RunOptions
 from rawmerge.verifying.compared_shard import ComparedShard
@@ -38,7 +38,7 @@ def replay(
     """
     check_inputs(plan.base_files, plan.adapter_files)
     paths = StepPaths(plan.options.compute_dtype, options)
-    budget, _ = choose_budget(plan, options, paths)
+    budget, _ = choose_budget(plan, options, paths, COMPARING_BYTES)
     entries = {step.entry.name: step.entry for step in plan.steps()}
     alike = {
         name: found

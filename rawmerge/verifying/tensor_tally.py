@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     _Array: TypeAlias = np.ndarray[Any, Any]
 
 #: Elements that are looked at at a time.
-_CHUNK: Final = 2**16
+_CHUNK: Final = 2**13
 #: Storage dtype to (bits of the significand with the hidden one, exponent of the smallest subnormal).
 _PRECISIONS: Final = {"F64": (53, -1074), "F32": (24, -149), "F16": (11, -24), "BF16": (8, -133)}
+#: One thread looks at differences at a time, so that their memory is that of one.
+_LOOKING: Final = threading.Lock()
 _NUMPY_NAMES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
@@ -43,9 +45,10 @@ class TensorTally:
         self._lock = threading.Lock()
         self._differing = 0
         self._max_ulps = 0.0
-        # of the wanted change with itself and with the one found, and of what is wrong with itself
-        self._products = [0.0, 0.0, 0.0]
-        self._along = [0, 0]  # elements that differ in the delta's direction, and against it
+        # of the wanted change with itself and with the one found, of what is wrong, and of the last places
+        self._products = [0.0, 0.0, 0.0, 0.0]
+        # elements that differ in the delta's direction, against it, and that have the base's value
+        self._counts = [0, 0, 0]
         self._equals_base = is_updated
         self._has_base = True
 
@@ -65,6 +68,7 @@ class TensorTally:
         count = len(np.unique(different // max(1, DTYPES[self._dtype].bits // 8)))
         with self._lock:
             self._differing += count
+            self._max_ulps = inf if DTYPES[self._dtype].is_mergeable else self._max_ulps  # not measured
             self._equals_base = False
 
     def add(self, expected: memoryview, found: memoryview, base: memoryview | None, base_dtype: str) -> None:
@@ -86,43 +90,51 @@ class TensorTally:
             before = None
             if base is not None:
                 before = _values(base[start * base_item : (start + _CHUNK) * base_item], base_dtype)
-            with np.errstate(all="ignore"):
+            with _LOOKING, np.errstate(all="ignore"):
                 self._add_chunk(left != right, values[0], values[1], before)
 
     def _add_chunk(self, differs: _Array, expected: _Array, found: _Array, base: _Array | None) -> None:
         import numpy as np
 
         largest = np.abs(expected) if base is None else np.maximum(np.abs(expected), np.abs(base))
-        distance = np.abs(found - expected) / _last_place(largest, self._dtype)
+        places = _last_place(largest, self._dtype)
+        distance = np.abs(found - expected) / places
         worst = float(np.nan_to_num(distance[differs], nan=inf).max(initial=0.0))
-        products, along = [0.0, 0.0, 0.0], [0, 0]
+        products, counts = [0.0, 0.0, 0.0, 0.0], [0, 0, 0]
         if base is not None:
             wanted, wrong = expected - base, found - expected
-            products = [float(wanted @ wanted), float(wanted @ (found - base)), float(wrong @ wrong)]
+            pairs = ((wanted, wanted), (wanted, found - base), (wrong, wrong), (places, places))
+            products = [float(left @ right) for left, right in pairs]
             direction = wrong * wanted
-            along = [int((direction > 0).sum()), int((direction < 0).sum())]
+            counted = (direction > 0, direction < 0, differs & (found == base))
+            counts = [int(np.count_nonzero(which)) for which in counted]
         with self._lock:
             self._differing += int(differs.sum())
             self._max_ulps = max(self._max_ulps, worst)
             self._products = [total + more for total, more in zip(self._products, products, strict=True)]
-            self._along = [total + more for total, more in zip(self._along, along, strict=True)]
+            self._counts = [total + more for total, more in zip(self._counts, counts, strict=True)]
             self._has_base = self._has_base and base is not None
             self._equals_base = self._equals_base and base is not None and not np.any(found != base)
 
     def difference(self) -> TensorDifference:
         """Return what was counted."""
-        wanted, both, wrong = self._products
+        wanted, both, wrong, places = self._products
         is_fitted = self._is_updated and self._has_base and 0 < wanted < inf and isfinite(both)
-        more, less = self._along
+        more, less, bare = self._counts
+        scale = both / wanted if is_fitted else None
+        # of a scaled delta, rounding twice leaves at most a unit in the last place of each element
+        left = wrong - (scale - 1) ** 2 * wanted if scale is not None else 0.0
         return TensorDifference(
             self.name,
             self._is_updated,
             self._element_count,
             self._differing,
             self._max_ulps,
-            both / wanted if is_fitted else None,
+            scale,
+            left <= places,
             sqrt(wrong / wanted) if is_fitted else 0.0,
             (more - less) / max(1, more + less) if is_fitted else 0.0,
+            bare / max(1, self._differing),
             self._equals_base and self._has_base and self.has_differences,
         )
 
