@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from operator import eq
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from rawmerge.dtypes import DTYPES
@@ -110,7 +109,11 @@ def _are_floats(*dtypes: str) -> bool:
 
 
 def _same_bytes(files: OpenFiles, a: TensorSource, b: TensorSource) -> bool:
-    return a.byte_count == b.byte_count and all(map(eq, files.chunks(a), files.chunks(b)))
+    return a.byte_count == b.byte_count and all(
+        # memoryviews would be compared element by element
+        bytearray(left) == right
+        for left, right in zip(files.chunks(a), files.chunks(b), strict=True)
+    )
 
 
 def _whole(files: OpenFiles, source: TensorSource, dtype: str) -> _Array:

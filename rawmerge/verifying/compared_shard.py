@@ -107,9 +107,10 @@ class ComparedShard:
             index += 1
 
     def _compare(self, tensor: ComparedTensor, first: int, expected: memoryview) -> None:
-        found = memoryview(bytearray(len(expected)))
+        raw = bytearray(len(expected))
+        found = memoryview(raw)
         self._files.read_into(tensor.found.path, tensor.found.offset + first, found)
-        if found == expected:
+        if raw == expected:  # a bytearray is compared as memory; a memoryview would be element by element
             return
         dtype = DTYPES[tensor.found.dtype]
         item = dtype.bits // 8
