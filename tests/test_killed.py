@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -127,6 +129,32 @@ def test_merges_to_outputs_side_by_side_do_not_meet(tiny: Paths, tmp_path: Path)
     assert all(rawmerge.verify_merge(output, *tiny).is_equal for output in outputs)
 
 
+def test_merges_that_follow_each_other_closely_do_not_disturb_each_other(tiny: Paths, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output)
+    ended: list[rawmerge.MergeSummary | rawmerge.RawmergeError] = []
+
+    def merge_again() -> None:
+        for _ in range(12):
+            try:
+                ended.append(rawmerge.merge_adapter(*tiny, output, overwrite=True, reuse=False, threads=1))
+            except rawmerge.RawmergeError as error:
+                ended.append(error)
+
+    threads = [threading.Thread(target=merge_again) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [item for item in ended if isinstance(item, rawmerge.RawmergeError)]
+    assert all("another process is making" in str(error) for error in refused), refused
+    assert len(refused) < len(ended) == 36
+    told = [note for item in ended if isinstance(item, rawmerge.MergeSummary) for note in item.notes]
+    assert not any("killed" in note for note in told)
+    assert names(tmp_path) == ["adapter", "base", "out"]
+    assert rawmerge.verify_merge(output, *tiny).is_equal
+
+
 def test_where_names_cannot_be_exchanged_an_output_that_was_put_aside_comes_back(
     tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,12 +165,14 @@ def test_where_names_cannot_be_exchanged_an_output_that_was_put_aside_comes_back
     rawmerge.merge_adapter(*tiny, output, overwrite=True)
     golden = folder_bytes(output)
     assert golden != before
-    aside = hidden_beside(output).with_name(f"{hidden_beside(output).name}-old")
+    aside = hidden_beside(output) / "output-old"
+    aside.parent.mkdir()
     output.rename(aside)  # as if killed between the two renames
     with pytest.raises(OutputError, match="it has its name again"):
         rawmerge.merge_adapter(*tiny, output)
     assert folder_bytes(output) == golden
     assert names(tmp_path) == ["adapter", "base", "out"]
+    aside.parent.mkdir()
     output.rename(aside)  # as if killed after the second
     rawmerge.merge_adapter(*tiny, tmp_path / "other")
     (tmp_path / "other").rename(output)
@@ -160,3 +190,28 @@ def test_an_exchange_is_at_once_or_not_at_all(tmp_path: Path) -> None:
     assert (names(tmp_path / "a"), names(tmp_path / "b")) == (["b"], ["a"])
     assert not output_directory.exchange(tmp_path / "a", tmp_path / "nothing")
     assert names(tmp_path) == ["a", "b"]
+
+
+def test_an_output_that_cannot_have_its_name_back_is_not_removed(
+    tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output, dtype="float32")
+    before, rename = folder_bytes(output), os.rename
+
+    def fails_to_come(source: Path, target: Path) -> None:
+        if Path(target) == output:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(output_directory, "exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", fails_to_come)
+    for _ in range(2):  # nor by the next merge
+        with pytest.raises(rawmerge.RawmergeError, match=os.strerror(errno.EIO)):
+            rawmerge.merge_adapter(*tiny, output, overwrite=True)
+        assert folder_bytes(hidden_beside(output) / "output-old") == before
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="it has its name again"):
+        rawmerge.merge_adapter(*tiny, output, overwrite=True)
+    assert folder_bytes(output) == before
+    assert names(tmp_path) == ["adapter", "base", "out"]

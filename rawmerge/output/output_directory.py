@@ -23,6 +23,8 @@ _MARGIN_BYTES: Final = 2**20  # directories, block ends and the record
 _TAG: Final = "rawmerge"
 #: What systems answer to a rename onto a directory that holds something: XFS the second.
 _NOT_EMPTY: Final = {errno.ENOTEMPTY, errno.EEXIST}
+#: The output in its hidden folder.
+_STAGED: Final = "output"
 #: So much of an output's name is in that of the directory that it is made in; a name of 255 bytes holds it anyway.
 _SHOWN: Final = 40
 #: Linux, include/uapi/linux/fcntl.h and fs.h.
@@ -126,19 +128,21 @@ def _looks_like_checkpoint(output: Path, record_name: str) -> bool:
 
 
 class StagingDirectory:
-    """A new directory beside the target; removed on leaving the block unless it was published.
+    """A new directory in a hidden folder beside the target; both are gone on leaving the block.
 
-    Its name follows from the target's, so that a second merge to it is noticed, and what one that was killed left.
+    The folder's name follows from the target's, so that a second merge to it is noticed, and what one that was killed
+    left. It is locked, and holds what is replaced until that is removed.
 
     Attributes:
         output: the target.
-        path: the directory, a hidden one unless another is given.
+        path: the directory, in the hidden folder unless another is given.
         notes: what was found in its place.
     """
 
     def __init__(self, output: Path, path: Path | None = None) -> None:
         self.output = output
-        self.path = path or hidden_beside(output)
+        self._folder = hidden_beside(output)
+        self.path = path or self._folder / _STAGED
         self._is_hidden = path is None
         self.notes: list[str] = []
         self._lock = ExitStack()
@@ -149,19 +153,19 @@ class StagingDirectory:
         try:
             self._make()
         except BaseException:
-            with self._lock:
-                remove_folders(self._created)
+            self._lock.close()
+            remove_folders(self._created)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            if not self._published:
-                self._remove()
-            elif error is not None:
-                error.add_note(PUBLISHED_NOTE)
+        self._lock.close()  # the folder goes
+        if not self._published:
+            remove_folders(self._created)
+        elif error is not None:
+            error.add_note(PUBLISHED_NOTE)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file durably."""
@@ -201,7 +205,6 @@ class StagingDirectory:
         if replaces and self._is_hidden and exchange(self.path, self.output):
             self._published = True
             sync_directory(self.output.parent)
-            shutil.rmtree(self.path, ignore_errors=True)
             return
         if replaces:
             self.output.rename(old)
@@ -228,27 +231,28 @@ class StagingDirectory:
             shutil.rmtree(self._replaced)
             return
         self._replaced.rename(self.output)
-        self.path.rmdir()
         found = "the one of before, which a merge that was killed was replacing; it has its name again"
         raise OutputError(Problem(str(self.output), "nothing there yet", found, "run the command again"))
+
+    def _remove_folder(self) -> None:
+        if self._published or not self._replaced.exists():  # else that is the only copy of what stood at the output
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _other_work(self) -> OSError:
         return OSError(errno.ENOTEMPTY, "the output has changed meanwhile and holds other work", str(self.output))
 
     def _make(self) -> None:
         make_folders(self.output.parent, self._created)
-        was_there = self._lock.enter_context(locked_folder(self.path))
+        was_there = self._lock.enter_context(locked_folder(self._folder))
+        self._lock.callback(self._remove_folder)  # before it is unlocked
         if self._replaced.exists():
             self._restore()
-        if not was_there:
-            return
-        for entry in self.path.iterdir():  # of a merge that was killed: nothing in it is of use
+        left = list(self._folder.iterdir()) if was_there else []
+        for entry in left:  # of a merge that was killed: nothing in it is of use
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        self.notes.append(f"{quote(self.path)}, which a merge that was killed had left, was cleared")
-
-    def _remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        remove_folders(self._created)
+        if left:
+            self.notes.append(f"{quote(self._folder)}, which a merge that was killed had left, was cleared")
+        self.path.mkdir()
 
 
 def hidden_beside(output: Path) -> Path:
