@@ -29,7 +29,7 @@ from rawmerge.command_options import (
     replay_options,
 )
 from rawmerge.errors import RawmergeError, VerificationError
-from rawmerge.output.output_directory import PUBLISHED_NOTE
+from rawmerge.output.staging_directory import PUBLISHED_NOTE
 from rawmerge.progress_bar import progress_bar
 from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.signals import Ended

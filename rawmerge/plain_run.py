@@ -10,9 +10,9 @@ from rawmerge.inputs.input_check import check_inputs
 from rawmerge.output.earlier_output import statuses
 from rawmerge.output.manifest import MANIFEST_NAME
 from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, updated_names
-from rawmerge.output.output_directory import StagingDirectory
 from rawmerge.output.shard_origins import ShardOrigins, remember_output
 from rawmerge.output.small_files import write_small_files
+from rawmerge.output.staging_directory import StagingDirectory
 from rawmerge.run_request import RunRequest
 from rawmerge.shard_run import ShardRun
 from rawmerge.verifying.verification import verify_staged

@@ -145,7 +145,7 @@ def verification_text(made: Verification) -> str:
         lines = [f"{quote(made.output)}: {len(made.findings)} finding{'s'[: len(made.findings) != 1]} in {elements}"]
         lines += _problem_lines(made.findings)
     elif not made.replayed:
-        lines = [f"{elements}: headers, index, config and record agree with each other"]
+        lines = [f"{elements}: nothing in its headers, index and record contradicts the rest"]
     elif made.differences:
         worst = max(item.max_ulps for item in made.differences)
         count = sum(item.differing for item in made.differences)

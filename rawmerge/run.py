@@ -24,8 +24,9 @@ from rawmerge.merge_plan import MergePlan, UpdateTensor
 from rawmerge.methods import METHODS
 from rawmerge.output.linking import check_links
 from rawmerge.output.outcome import Written, count_steps
-from rawmerge.output.output_directory import PUBLISHED_NOTE, check_output, check_space, nearest_folder
+from rawmerge.output.output_directory import check_output, check_space, nearest_folder
 from rawmerge.output.shard_origins import ShardOrigins, find_origins
+from rawmerge.output.staging_directory import PUBLISHED_NOTE
 from rawmerge.plain_run import write_output
 from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.run_request import RunRequest

@@ -100,6 +100,7 @@ FLOORS = {
     "output.manifest": 3,
     "output.folder_lock": 2,
     "output.output_directory": 3,
+    "output.staging_directory": 4,
     "output.earlier_output": 4,
     "output.linking": 4,
     "output.outcome": 4,

@@ -459,7 +459,7 @@ def test_a_lack_of_memory_does_not_hide_what_is_gone(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("rawmerge.output.output_directory.StagingDirectory.publish", fail)
+        patch.setattr("rawmerge.output.staging_directory.StagingDirectory.publish", fail)
         with pytest.raises(MergeError, match=r"3 shards are deleted from the base, and merged in .*: run the same"):
             rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
     summary = rawmerge.merge_adapter(*layered, tmp_path / "out", consume_base=True)
@@ -492,7 +492,7 @@ def test_a_base_of_one_file_goes_on_when_it_is_gone(tmp_path: Path, monkeypatch:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rawmerge.output.output_directory.StagingDirectory.publish", fail)
+        patch.setattr("rawmerge.output.staging_directory.StagingDirectory.publish", fail)
         with pytest.raises(MergeError, match="1 shard is deleted"):
             rawmerge.merge_adapter(base, adapter, tmp_path / "out", consume_base=True)
     assert not base.exists()

@@ -15,8 +15,8 @@ import pytest
 
 import rawmerge
 from rawmerge.errors import OutputError
-from rawmerge.output import output_directory
-from rawmerge.output.output_directory import hidden_beside
+from rawmerge.output import staging_directory
+from rawmerge.output.staging_directory import hidden_beside
 from tests.builders import folder_bytes
 
 Paths = tuple[Path, Path]
@@ -158,7 +158,7 @@ def test_merges_that_follow_each_other_closely_do_not_disturb_each_other(tiny: P
 def test_where_names_cannot_be_exchanged_an_output_that_was_put_aside_comes_back(
     tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_directory, "exchange", lambda *_: False)
+    monkeypatch.setattr(staging_directory, "exchange", lambda *_: False)
     output = tmp_path / "out"
     rawmerge.merge_adapter(*tiny, output, dtype="float32")
     before = folder_bytes(output)
@@ -186,9 +186,9 @@ def test_an_exchange_is_at_once_or_not_at_all(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert output_directory.exchange(tmp_path / "a", tmp_path / "b")
+    assert staging_directory.exchange(tmp_path / "a", tmp_path / "b")
     assert (names(tmp_path / "a"), names(tmp_path / "b")) == (["b"], ["a"])
-    assert not output_directory.exchange(tmp_path / "a", tmp_path / "nothing")
+    assert not staging_directory.exchange(tmp_path / "a", tmp_path / "nothing")
     assert names(tmp_path) == ["a", "b"]
 
 
@@ -204,7 +204,7 @@ def test_an_output_that_cannot_have_its_name_back_is_not_removed(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(source, target)
 
-    monkeypatch.setattr(output_directory, "exchange", lambda *_: False)
+    monkeypatch.setattr(staging_directory, "exchange", lambda *_: False)
     monkeypatch.setattr(os, "rename", fails_to_come)
     for _ in range(2):  # nor by the next merge
         with pytest.raises(rawmerge.RawmergeError, match=os.strerror(errno.EIO)):

@@ -16,8 +16,9 @@ import pytest
 
 import rawmerge
 from rawmerge.errors import MergeError, OutputError
-from rawmerge.output import output_directory
-from rawmerge.output.output_directory import PUBLISHED_NOTE, OutputPolicy, StagingDirectory
+from rawmerge.output import staging_directory
+from rawmerge.output.output_directory import OutputPolicy
+from rawmerge.output.staging_directory import PUBLISHED_NOTE, StagingDirectory
 
 Paths = tuple[Path, Path]
 
@@ -95,14 +96,14 @@ def test_a_signal_while_publishing_waits_and_is_told_truthfully(
 def test_a_failure_after_publishing_does_not_claim_that_nothing_was(
     tiny: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync = output_directory.sync_directory
+    sync = staging_directory.sync_directory
 
     def fail_on_the_parent(folder: Path) -> None:
         if folder == tmp_path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         sync(folder)
 
-    monkeypatch.setattr(output_directory, "sync_directory", fail_on_the_parent)
+    monkeypatch.setattr(staging_directory, "sync_directory", fail_on_the_parent)
     with pytest.raises(MergeError, match=PUBLISHED_NOTE):
         rawmerge.merge_adapter(*tiny, tmp_path / "out")
     assert (tmp_path / "out/rawmerge.json").exists()

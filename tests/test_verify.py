@@ -117,7 +117,7 @@ def test_a_delta_that_only_some_tensors_have_is_told(paths: Paths, tmp_path: Pat
     tensors = {**summed(paths), f"{MODULES[1]}.weight": base_tensors(paths)[f"{MODULES[1]}.weight"]}
     (finding,) = verify(write_output(tmp_path / "out", tensors), paths).findings
     assert finding.found == "the base without the delta in 1 tensor of 6"
-    assert finding.subject == "model.layers.*.self_attn.o_proj.weight"
+    assert finding.subject == f"{MODULES[1]}.weight"
     assert finding.hint == "the adapter was applied to the others only"
 
 
@@ -137,13 +137,20 @@ def test_other_rounding_passes_within_a_tolerance_and_is_counted(paths: Paths, t
     output = write_output(tmp_path / "out", nudged)
     made = verify(output, paths)
     (finding,) = made.findings
-    assert "at most 1 ulp away" in finding.found
-    assert "--tolerance 1" in finding.hint
+    assert finding.found == "other bits in 3 of 6144 elements (0.00049) of 1 tensor, at most 1 ulp away"
+    assert finding.subject == f"{MODULES[0]}.weight"
+    assert finding.hint == "so few are damage; --tolerance 1 lets it pass"
     (difference,) = made.differences
     assert (difference.differing, difference.element_count, difference.max_ulps) == (3, 96 * 64, 1.0)
     within = verify(output, paths, tolerance=1)
     assert (within.findings, within.differences) == ((), made.differences)
     assert verify(write_output(tmp_path / "exact", exact), paths, compute_dtype="float64").findings == ()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.001])
+def test_no_tolerance_lets_a_wrong_scale_pass(paths: Paths, tmp_path: Path, weight: float) -> None:
+    output = write_output(tmp_path / "out", summed(paths, weight))
+    assert len(verify(output, paths, tolerance=1024).findings) == 1
 
 
 def nudge(tensor: torch.Tensor) -> torch.Tensor:
@@ -170,7 +177,7 @@ def test_damage_in_part_of_a_tensor_is_no_scale(paths: Paths, tmp_path: Path) ->
     tensors[f"{MODULES[2]}.weight"][10:12] = 0
     (finding,) = verify(write_output(tmp_path / "out", tensors), paths).findings
     assert "parts were damaged" in finding.hint
-    assert finding.subject == "model.layers.*.self_attn.q_proj.weight"
+    assert finding.subject == f"{MODULES[2]}.weight"
 
 
 def test_tensors_that_are_missing_too_many_or_of_another_layout_are_told(paths: Paths, tmp_path: Path) -> None:
@@ -184,7 +191,7 @@ def test_tensors_that_are_missing_too_many_or_of_another_layout_are_told(paths: 
     assert findings.keys() == {"model.extra", "model.ids", norm, f"{MODULES[0]}.weight"}
     assert findings["model.ids"].found == "no such tensor"
     assert (findings[norm].expected, findings[norm].found) == ("BF16 [64]", "F32 [64]")
-    assert "--dtype" in findings[norm].hint
+    assert findings[norm].hint == "if it was merged so, give --dtype float32"
 
 
 EDITS: dict[str, Callable[[Path], object]] = {

@@ -29,15 +29,9 @@ from rawmerge.inputs.input_check import check_inputs
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.output.manifest import MANIFEST_NAME
 from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, updated_names
-from rawmerge.output.output_directory import (
-    StagingDirectory,
-    check_space,
-    long_names,
-    make_folders,
-    remove_folders,
-    sync_directory,
-)
+from rawmerge.output.output_directory import check_space, long_names
 from rawmerge.output.small_files import write_small_files
+from rawmerge.output.staging_directory import StagingDirectory, make_folders, remove_folders, sync_directory
 from rawmerge.run_request import RunRequest
 from rawmerge.shard_run import ShardRun
 

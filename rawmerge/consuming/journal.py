@@ -17,7 +17,7 @@ from rawmerge.errors import OutputError, Problem, RefusedError
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.inputs.file_status import FileStatus
 from rawmerge.merge_plan import MergePlan
-from rawmerge.output.output_directory import sync_directory
+from rawmerge.output.staging_directory import sync_directory
 from rawmerge.plan_json import format_plan, parse_plan
 
 FORMAT: Final = "rawmerge-journal-1"

@@ -10,8 +10,8 @@ from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.outcome import count_steps
-from rawmerge.output.output_directory import StagingDirectory
 from rawmerge.output.record import record_text
+from rawmerge.output.staging_directory import StagingDirectory
 
 
 def write_small_files(plan: MergePlan, staging: StagingDirectory, device: str = "cpu") -> None:

@@ -14,7 +14,7 @@ from rawmerge.verifying.compared_shard import is_changed
 from rawmerge.verifying.findings import TensorDifference
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
-_MAX_NAMES: Final = 6
+_MAX_NAMES: Final = 3
 #: So many of the differences of a scaled delta go along with it; and from so few on it may be chance.
 _ALIGNED: Final = 0.98
 _FEW: Final = 8
@@ -74,7 +74,8 @@ def _is_partly_bare(item: TensorDifference) -> bool:
 
 
 def _is_within(item: TensorDifference, tolerance: float) -> bool:
-    return tolerance > 0 and item.max_ulps <= tolerance
+    """Whether a difference is small enough to be of rounding, and does not go one way as that of a wrong scale does."""
+    return tolerance > 0 and item.max_ulps <= tolerance and not (item.equals_base or _is_scaled(item))
 
 
 def _kept(plan: MergePlan, kept: Sequence[TensorDifference]) -> Problem:
@@ -103,7 +104,9 @@ def _scaled(plan: MergePlan, scaled: Sequence[TensorDifference]) -> Problem:
 
 def _rounded(rounded: Sequence[TensorDifference]) -> Problem:
     tolerance = ceil(max(item.max_ulps for item in rounded))
-    hint = f"the arithmetic was another, such as another dtype's or device's; --tolerance {tolerance} lets it pass"
+    count = sum(item.differing for item in rounded)
+    cause = "the arithmetic was another, such as another dtype's or device's" if count >= _FEW else "so few are damage"
+    hint = f"{cause}; --tolerance {tolerance} lets it pass"
     return Problem(_names(rounded), "base and delta, bit for bit", _measured(rounded), hint)
 
 
@@ -125,9 +128,11 @@ def _strange(strange: Sequence[TensorDifference]) -> Problem:
 
 
 def _measured(items: Sequence[TensorDifference]) -> str:
-    share = sum(item.differing for item in items) / sum(item.element_count for item in items)
+    differing, total = sum(item.differing for item in items), sum(item.element_count for item in items)
     worst = max(item.max_ulps for item in items)
-    return f"other bits in {share:.2%} of the elements of {_count(items)}, at most {worst:.3g} ulp away"
+    share = f"{differing} of {total} elements ({differing / total:.2g})" if differing < total / 100 else ""
+    share = share or f"{differing / total:.0%} of the elements"
+    return f"other bits in {share} of {_count(items)}, at most {worst:.3g} ulp away"
 
 
 def _meaning(plan: MergePlan, scale: float) -> str:
@@ -151,6 +156,9 @@ def _count(items: Sequence[TensorDifference]) -> str:
 
 
 def _names(items: Iterable[TensorDifference]) -> str:
-    families = list(dict.fromkeys(_NUMBER.sub("*", item.name) for item in items))
+    members: dict[str, list[str]] = {}
+    for item in items:
+        members.setdefault(_NUMBER.sub("*", item.name), []).append(item.name)
+    families = [family if len(names) > 1 else names[0] for family, names in members.items()]
     more = f" and {len(families) - _MAX_NAMES} more" if len(families) > _MAX_NAMES else ""
     return ", ".join(families[:_MAX_NAMES]) + more

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from rawmerge.errors import MissingFileError, Problem
+from rawmerge.errors import MissingFileError, Problem, quote
 from rawmerge.formats.strict_json import parse_json_object
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.inputs.comparison import same_bytes
@@ -59,11 +59,20 @@ def record_problems(plan: MergePlan, record: Mapping[str, Any]) -> Iterator[Prob
         "tensors": "what becomes of the tensors",
         "adapter_tensors": "where the adapter's tensors go",
         "history": "the adapters that the base held before",
-        "options": "the options that it was made with",
+        "options": "the options of this verification",
     }
     for part, meaning in parts.items():
-        if _without_repo(record.get(part)) != _without_repo(expected.get(part)):
-            yield Problem(f"{RECORD_NAME}: {part}", meaning, "another")
+        wanted, found = (_without_repo(document.get(part)) for document in (expected, record))
+        if wanted != found:
+            yield Problem(f"{RECORD_NAME}: {part}", meaning, _other(wanted, found))
+
+
+def _other(wanted: Any, found: Any) -> str:
+    """Return in which fields a part of the record is another."""
+    if not (isinstance(wanted, dict) and isinstance(found, dict)):
+        return "another"
+    names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    return f"another {', '.join(map(quote, names[:8]))}"
 
 
 def _without_repo(part: Any) -> Any:

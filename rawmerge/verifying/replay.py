@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from rawmerge.computing.step_paths import StepPaths
+from rawmerge.dtypes import OUTPUT_DTYPES
 from rawmerge.engine.engine import Engine
 from rawmerge.engine.jobs import ProgressCallback
 from rawmerge.errors import Problem
@@ -52,6 +53,11 @@ def replay(
     return tuple(tally.difference() for shard in shards for tally in shard.tallies if tally.has_differences)
 
 
+def _dtype_hint(code: str) -> str:
+    names = {code: name for name, code in OUTPUT_DTYPES.items()}
+    return f"if it was merged so, give --dtype {names[code]}" if code in names else ""
+
+
 def _forget(paths: Iterable[str]) -> None:
     """Let the system give up its copies of files in memory: what is compared is what the disk holds."""
     if not hasattr(os, "posix_fadvise"):
@@ -75,7 +81,7 @@ def layout_problems(plan: MergePlan, tensors: Mapping[str, TensorSource]) -> Ite
         if found is None:
             yield Problem(entry.name, expected, "no such tensor")
         elif (found.dtype, found.shape) != (entry.dtype, entry.shape):
-            hint = "give the options it was merged with, such as --dtype" if found.shape == entry.shape else ""
+            hint = _dtype_hint(found.dtype) if found.shape == entry.shape else ""
             yield Problem(entry.name, expected, f"{found.dtype} {list(found.shape)}", hint)
     for name, found in tensors.items():
         if name not in names:

@@ -35,6 +35,9 @@ _RECORDED: Final = {
 }
 
 
+_HALTED: Final = "it cannot be read as a checkpoint: nothing else was looked at"
+
+
 def verify_alone(output: Path) -> Verification:
     """Verify what an output tells of itself: headers, index, record, and the checksums of its files.
 
@@ -45,7 +48,7 @@ def verify_alone(output: Path) -> Verification:
     try:
         found = read_base(output.absolute())
     except RefusedError as error:
-        return Verification(str(output), False, 0, 0, error.problems)
+        return Verification(str(output), False, 0, 0, error.problems, notes=(_HALTED,))
     record = _Record(found.root)
     looked = f"compared by {MANIFEST_NAME} only" if _has_manifest(found) else "not looked at"
     notes = (*checkpoint_notes(found), f"base and adapter were not given: values were {looked}")
@@ -79,7 +82,7 @@ def verify_against(
     try:
         found = read_base(output.absolute())
     except RefusedError as error:
-        return Verification(str(output), True, 0, 0, error.problems)
+        return Verification(str(output), True, 0, 0, error.problems, notes=(_HALTED,))
     record = _Record(found.root)
     differences = replay(plan, found.tensors, options, report)
     problems = (
