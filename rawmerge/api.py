@@ -24,7 +24,6 @@ from rawmerge.plan import make_plan
 from rawmerge.run import MergeSummary, run_plan
 from rawmerge.run_options import ReplayChoices, RunChoices, RunOptions
 from rawmerge.verifying.findings import Verification
-from rawmerge.verifying.verification import options_to_verify, verify_against, verify_alone
 
 
 def plan_merge(
@@ -233,6 +232,8 @@ def verify_merge(
         RefusedError: base and adapter allow no merge. MergeError: the merge cannot be computed, or a file cannot be
             read. ValueError: an option is none of its choices, or one of base and adapter is missing.
     """
+    from rawmerge.verifying.verification import options_to_verify, verify_against, verify_alone  # no merge needs it
+
     if (base is None) != (adapter is None):
         raise ValueError("base and adapter go together")
     if not tolerance >= 0:

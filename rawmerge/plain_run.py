@@ -15,7 +15,6 @@ from rawmerge.output.small_files import write_small_files
 from rawmerge.output.staging_directory import StagingDirectory
 from rawmerge.run_request import RunRequest
 from rawmerge.shard_run import ShardRun
-from rawmerge.verifying.verification import verify_staged
 
 
 def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
@@ -39,6 +38,8 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
         if not (changed or has_other_tensors(plan) or _any_replacement_differs(request, staging.path)):
             raise NothingChangedError
         if request.options.verify:
+            from rawmerge.verifying.verification import verify_staged  # few merges need it
+
             verify_staged(staging.path, plan, request.options, request.report_to_end)
         staged = statuses(staging.path, (shard.name for shard in plan.shards if shard.name not in origins.links))
         request.signals.let_through()

@@ -257,6 +257,7 @@ def test_merging_imports_no_model_code_and_no_hub(tiny: tuple[Path, Path], tmp_p
     base, adapter, output = map(str, (*tiny, tmp_path / "out"))
     loaded = loaded_after(f"import rawmerge; rawmerge.merge_adapter({base!r}, {adapter!r}, {output!r})")
     assert not loaded & {"transformers", "peft", "huggingface_hub", "safetensors"}
+    assert "rawmerge.verifying.verification" not in loaded  # a tenth of a small merge's start
 
 
 def functions() -> Iterator[tuple[str, int]]:

@@ -296,6 +296,7 @@ def test_a_delta_that_is_missing_in_some_rows_is_no_scale(paths: Paths, tmp_path
     (finding,) = verify(write_output(tmp_path / "out", tensors), paths).findings
     assert finding.found.startswith("the base without the delta in part of 2 tensors")
     assert "some rows, experts or blocks" in finding.hint
+    assert verify(tmp_path / "out", paths, tolerance=1024).findings == (finding,)
 
 
 def test_a_broken_output_is_a_finding_and_a_broken_input_a_refusal(paths: Paths, tmp_path: Path) -> None:

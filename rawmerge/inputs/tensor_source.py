@@ -213,6 +213,10 @@ class OpenFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all; a file that is asked for again is opened again."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()

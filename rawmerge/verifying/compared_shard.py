@@ -93,7 +93,7 @@ class ComparedShard:
 
     def close(self) -> None:
         """Close what was opened; safe to call again."""
-        self._files.__exit__(None, None, None)
+        self._files.close()
 
     def _parts(self, offset: int, byte_count: int) -> Iterator[tuple[ComparedTensor, int, int]]:
         """Yield (tensor, first byte in it, how many) of a range of the shard, a bounded number of bytes at a time."""

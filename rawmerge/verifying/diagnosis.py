@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil, isclose, isfinite, sqrt
-from statistics import median
 from typing import Final
 
 from rawmerge.errors import Problem
@@ -74,8 +73,9 @@ def _is_partly_bare(item: TensorDifference) -> bool:
 
 
 def _is_within(item: TensorDifference, tolerance: float) -> bool:
-    """Whether a difference is small enough to be of rounding, and does not go one way as that of a wrong scale does."""
-    return tolerance > 0 and item.max_ulps <= tolerance and not (item.equals_base or _is_scaled(item))
+    """Whether a difference may be of rounding: small, and neither of a delta that is missing nor of a wrong scale."""
+    is_known = item.equals_base or _is_partly_bare(item) or _is_scaled(item)
+    return tolerance > 0 and item.max_ulps <= tolerance and not is_known
 
 
 def _kept(plan: MergePlan, kept: Sequence[TensorDifference]) -> Problem:
@@ -97,7 +97,7 @@ def _scaled(plan: MergePlan, scaled: Sequence[TensorDifference]) -> Problem:
         found = f"the base and {scales[0]:.4g} to {scales[-1]:.4g} times the delta: {_measured(scaled)}"
         hint = "ranks, alphas or weights were taken otherwise, such as without rank_pattern or alpha_pattern"
         return Problem(_names(scaled), "base and delta", found, hint)
-    scale = median(scales)
+    scale = scales[len(scales) // 2]
     found = f"the base and {scale:.4g} times the delta: {_measured(scaled)}"
     return Problem(_names(scaled), "base and delta", found, _meaning(plan, scale))
 

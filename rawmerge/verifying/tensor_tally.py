@@ -42,7 +42,6 @@ class TensorTally:
         self._dtype = dtype
         self._element_count = element_count
         self._is_updated = is_updated
-        self._lock = threading.Lock()
         self._differing = 0
         self._max_ulps = 0.0
         # of the wanted change with itself and with the one found, of what is wrong, and of the last places
@@ -64,10 +63,9 @@ class TensorTally:
         """
         import numpy as np
 
-        different = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8)) + offset
-        count = len(np.unique(different // max(1, DTYPES[self._dtype].bits // 8)))
-        with self._lock:
-            self._differing += count
+        with _LOOKING:
+            different = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8)) + offset
+            self._differing += len(np.unique(different // max(1, DTYPES[self._dtype].bits // 8)))
             self._max_ulps = inf if DTYPES[self._dtype].is_mergeable else self._max_ulps  # not measured
             self._equals_base = False
 
@@ -108,13 +106,12 @@ class TensorTally:
             direction = wrong * wanted
             counted = (direction > 0, direction < 0, differs & (found == base))
             counts = [int(np.count_nonzero(which)) for which in counted]
-        with self._lock:
-            self._differing += int(differs.sum())
-            self._max_ulps = max(self._max_ulps, worst)
-            self._products = [total + more for total, more in zip(self._products, products, strict=True)]
-            self._counts = [total + more for total, more in zip(self._counts, counts, strict=True)]
-            self._has_base = self._has_base and base is not None
-            self._equals_base = self._equals_base and base is not None and not np.any(found != base)
+        self._differing += int(differs.sum())
+        self._max_ulps = max(self._max_ulps, worst)
+        self._products = [total + more for total, more in zip(self._products, products, strict=True)]
+        self._counts = [total + more for total, more in zip(self._counts, counts, strict=True)]
+        self._has_base = self._has_base and base is not None
+        self._equals_base = self._equals_base and base is not None and not np.any(found != base)
 
     def difference(self) -> TensorDifference:
         """Return what was counted."""
