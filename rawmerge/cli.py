@@ -243,12 +243,13 @@ def verify(output: Path, base: str | None, adapter: str | None, as_json: bool, *
     """Tell whether OUTPUT is what base and adapter give, bit for bit; exit code 5 with what differs.
 
     OUTPUT may be made by any program, and be cut into shards otherwise. Without --base and --adapter its headers,
-    index, config and record are compared with each other, and no value is looked at.
+    index and record are compared with each other, and files with their checksums where there is a SHA256SUMS.
     """
     from rawmerge.report import verification_json, verification_text
 
     if (base is None) != (adapter is None):
         raise click.UsageError("--base and --adapter go together.")
+    gc.enable()
     with progress_bar(0) as progress:
         made = rawmerge.verify_merge(output, base, adapter, progress=progress, **options)
     _say(verification_json(made) if as_json else verification_text(made))
