@@ -15,6 +15,7 @@ from rawmerge.computing.calibration import find_block
 from rawmerge.native import PANEL, kernel
 from rawmerge.native.pair_kernel import PairKernel, pack_factor
 from rawmerge.native.recipe import Recipe
+from rawmerge.native.row_sums import MergedRows, RowSums
 from tests.builders import raw
 
 pytestmark = pytest.mark.skipif(kernel() is None, reason="the kernel is not compiled, or not for this processor")
@@ -264,6 +265,88 @@ def test_every_half_is_widened_exactly() -> None:
     assert torch.equal(torch.signbit(wide), torch.signbit(expected))
 
 
+def tallied(
+    recipe: Recipe, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], level: int, height: int, stride: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the result, `height` rows at a time from the last on, and the sums (sampled rows, 5)."""
+    base, left, right = tensors
+    pair = PairKernel(recipe, recipe.rank, 1.3, *packed(recipe, left, right), level=level)
+    fits = DTYPES[recipe.stored].itemsize == DTYPES[recipe.result].itemsize
+    stored = base.clone()
+    result = stored.view(DTYPES[recipe.result]) if fits else torch.empty(base.shape, dtype=DTYPES[recipe.result])
+    sums = torch.full((-(-recipe.rows // stride), 5), float("nan"), dtype=torch.float64)
+    for at in reversed(range(0, recipe.rows, height)):
+        count = min(height, recipe.rows - at)
+        tally = RowSums(sums.view(-1).numpy().data, at, stride)
+        own, to = view(stored[at : at + count]), view(result[at : at + count])
+        pair.merge(own, to, (at, count), finds_changes=True, tally=tally)
+    return result, sums
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("result", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+def test_rows_are_summed_whatever_the_tiles(stored: str, result: str, is_double: bool, level: int) -> None:
+    for rows, columns, rank in ((59, 331, 3), (7, 64, 2), (1, 5, 2), (13, 1, 2)):
+        recipe = make_recipe(rows, columns, rank, stored, result=result, is_double=is_double)
+        base, left, right = values(recipe)
+        left, right = (left * 8).round() / 8, (right * 8).round() / 64  # their sums are exact
+        left[0] = 0
+        compute = torch.float64 if is_double else torch.float32
+        before = base.to(compute)
+        updated = before + (left.to(compute) @ right.to(compute).T) * 1.3
+        expected, _, _ = merged(recipe, (base, left, right), level=level)
+        delta = (updated - before).double()
+        applied = expected.double() - base.to(DTYPES[result]).double()
+        parts = [delta != 0, applied != 0, delta**2, applied**2, (applied - delta) ** 2]
+        wanted = torch.stack([part.double().sum(1) for part in parts], 1)
+        for stride in (1, 4, 64):
+            found, sums = tallied(recipe, (base, left, right), level, rows, stride)
+            assert raw(found) == raw(expected)
+            torch.testing.assert_close(sums, wanted[::stride], rtol=1e-12, atol=0)
+            for height in (1, 5, 48, 50):
+                again, others = tallied(recipe, (base, left, right), level, height, stride)
+                assert raw(again) == raw(expected)
+                assert torch.equal(others, sums)
+
+
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("result", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+def test_rows_that_torch_has_merged_have_the_same_sums(stored: str, result: str, is_double: bool) -> None:
+    recipe = make_recipe(59, 331, 3, stored, result=result, is_double=is_double)
+    base, left, right = values(recipe)
+    left, right = (left * 8).round() / 8, (right * 8).round() / 64  # torch has the kernel's sums, for they are exact
+    compute = torch.float64 if is_double else torch.float32
+    updated = base.to(compute) + (left.to(compute) @ right.to(compute).T) * 1.3
+    for stride in (1, 4, 64):
+        output, wanted = tallied(recipe, (base, left, right), 0, 59, stride)
+        sums = torch.full_like(wanted, float("nan"))
+        for at, count in ((30, 29), (0, 30)):
+            parts = [view(tensor[at : at + count]) for tensor in (base, updated, output)]
+            rows = MergedRows((count, 331), parts[0], parts[1], parts[2], (stored, result), is_double)
+            rows.measure(RowSums(sums.view(-1).numpy().data, at, stride))
+        assert torch.equal(sums, wanted)
+
+
+def test_rows_whose_buffers_are_too_small_are_not_summed() -> None:
+    compiled = kernel()
+    assert compiled is not None
+    sums = view(torch.zeros(10, dtype=torch.float64))
+    sound = [view(torch.zeros(2, 7, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)]
+    numbers: tuple[Any, ...] = (sums, (2, 7), 0, 1, 0, 1, False, 1)
+    compiled.measure(*sound, *numbers)
+    for place in range(3):
+        short = [buffer[:-1] if place == at else buffer for at, buffer in enumerate(sound)]
+        with pytest.raises(ValueError, match="too small"):
+            compiled.measure(*short, *numbers)
+    wrong: list[tuple[int, object]] = [(0, sums[:-1]), (1, (-1, 7)), (1, (2, 2**62)), (2, -1), (2, 1), (3, 0), (3, -1)]
+    for place, value in [*wrong, (3, 2**62), (4, 3), (5, -1), (6, True), (7, 0), (7, 9)]:
+        with pytest.raises(ValueError, match="out of its range"):
+            compiled.measure(*sound, *(value if at == place else number for at, number in enumerate(numbers)))
+
+
 def test_buffers_that_are_too_small_are_refused() -> None:
     recipe = make_recipe(8, 70, 3)
     base, left, right = values(recipe)
@@ -281,6 +364,19 @@ def test_buffers_that_are_too_small_are_refused() -> None:
     for sizes in ((-1, 70, 3, 3), (8, 70, 0, 3), (8, 70, 3, 0), (huge, 70, 3, 3), (8, huge, 3, 3), (8, 70, huge, 3)):
         with pytest.raises(ValueError, match="too small"):
             compiled.merge(*sound, sizes, *numbers)
+    sums = torch.full((15,), -1.0, dtype=torch.float64)
+    room = view(sums)
+    assert compiled.merge(*sound, (8, 70, 3, 3), *numbers, room, 2, 4) == compiled.CHANGED
+    assert (sums[:5] == -1).all()  # row 0 is not in a tile that begins with row 2
+    assert (sums[5:] > -1).all()
+    for tally in ((room[:-1], 2, 4), (room, 9, 4), (room, 2, 3), (room, 2, -4), (room, -1, 4), (room, huge, 4)):
+        with pytest.raises(ValueError, match="too small"):
+            compiled.merge(*sound, (8, 70, 3, 3), *numbers, *tally)
+    for tally in ((room, 2, huge), (view(torch.zeros(16, dtype=torch.float64))[1:], 2, 4)):
+        with pytest.raises(ValueError, match="out of its range"):
+            compiled.merge(*sound, (8, 70, 3, 3), *numbers, *tally)
+    with pytest.raises((TypeError, BufferError)):
+        compiled.merge(*sound, (8, 70, 3, 3), *numbers, bytes(120), 2, 4)
     for wrong in ((1.0, 7, 0, -1, False, True, 1), (1.0, 0, 0, 1, False, True, 1), (1.0, 0, 0, -1, False, True, 9)):
         with pytest.raises(ValueError, match="out of its range"):
             compiled.merge(*sound, (8, 70, 3, 3), *wrong)

@@ -16,6 +16,7 @@ from rawmerge.byte_sizes import format_bytes
 from rawmerge.computing.pair_computer import PairComputer, PairScratch
 from rawmerge.computing.shared_tensors import SharedTensors, count_uses
 from rawmerge.computing.step_paths import StepPaths
+from rawmerge.computing.survival import SurvivalTally
 from rawmerge.errors import MergeError
 from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.memory.budget import MemoryBudget
@@ -45,6 +46,10 @@ class StepComputer(Protocol):
         """Yield (first row, row count) of each tile."""
 
     @property
+    def tally(self) -> SurvivalTally | None:
+        """Where what is left of the delta goes, None where nobody asks or nothing is updated."""
+
+    @property
     def is_placed(self) -> bool:
         """Whether results are given as the whole pages of memory that they lie in, `phase` bytes behind the start."""
 
@@ -62,8 +67,11 @@ class Computers:
         files: OpenFiles,
         budget: MemoryBudget,
         device: Device | None = None,
+        *,
+        measures: bool = False,
     ) -> None:
         self._device = device
+        self._measures = measures
         self._budget = budget
         self._compute_dtype = compute_dtype
         self._paths = paths
@@ -96,22 +104,32 @@ class Computers:
         """Return a computer for `step`; nothing is read yet."""
         pair = self._paths.pair(step)
         block = self._paths.block(pair) if pair else None
-        by_torch = _TorchComputer(self, step)
+        by_torch = _TorchComputer(self, step, self._tally(step))
         if pair is None or not block:
             return by_torch
-        computer = PairComputer(pair, block, self._files, by_torch.rows)
+        computer = PairComputer(pair, block, self._files, by_torch.rows, by_torch.tally)
         return _PairComputer(computer, by_torch, self)
+
+    def _tally(self, step: UpdateTensor | ReplaceTensor) -> SurvivalTally | None:
+        if not self._measures or isinstance(step, ReplaceTensor) or not step.updates:
+            return None
+        matrix = matrix_of(step)
+        return SurvivalTally(matrix.rows, matrix.columns)
 
     def restore(self) -> None:
         """Give torch back what was changed of its settings."""
         if self._blas_threads:
             self._blas_threads.restore()
 
-    def make(self, step: UpdateTensor | ReplaceTensor) -> TensorComputer:
+    def make(self, step: UpdateTensor | ReplaceTensor, tally: SurvivalTally | None) -> TensorComputer:
         """Return torch's computer of a step."""
+        from rawmerge.computing.row_meter import RowMeter
         from rawmerge.computing.tile_computer import TensorComputer
 
-        return TensorComputer(step, self._files, self._shared, self._blas(), self._compute_dtype, self._device)
+        meter = RowMeter(tally, is_compiled=self._paths.certificates is not None) if tally else None
+        return TensorComputer(
+            step, self._files, self._shared, self._blas(), self._compute_dtype, self._device, meter=meter
+        )
 
     def tile_scratch(self) -> TileScratch:
         """Return the calling thread's buffers on the torch path."""
@@ -159,6 +177,7 @@ class _PairComputer:
     def __init__(self, computer: PairComputer, careful: _TorchComputer, computers: Computers) -> None:
         self.tiles = computer.tiles
         self.row_bytes = computer.row_bytes
+        self.tally = careful.tally
         self.is_placed = True
         self._computer = computer
         self._careful = careful
@@ -175,8 +194,9 @@ class _PairComputer:
 class _TorchComputer:
     """torch's computer of a step, made when its first tile comes up."""
 
-    def __init__(self, computers: Computers, step: UpdateTensor | ReplaceTensor) -> None:
+    def __init__(self, computers: Computers, step: UpdateTensor | ReplaceTensor, tally: SurvivalTally | None) -> None:
         matrix = matrix_of(step)
+        self.tally = tally
         self.tiles = matrix.tiles
         self.row_bytes = step.entry.byte_count // matrix.rows if matrix.rows else 0
         self.is_placed = False
@@ -190,19 +210,23 @@ class _TorchComputer:
         return self._computer is not None and self._computer.changed
 
     def compute(self, first_row: int, row_count: int, phase: int = 0) -> memoryview:  # noqa: ARG002  # a StepComputer
+        return self._compute(first_row, row_count, None)
+
+    def _compute(self, first_row: int, row_count: int, measured: range | None) -> memoryview:
         scratch = self._computers.tile_scratch()
         with self._lock:
             if self._computer is None:
-                self._computer = self._computers.make(self._step)
-        return self._computer.compute(first_row, row_count, scratch)
+                self._computer = self._computers.make(self._step, self.tally)
+        return self._computer.compute(first_row, row_count, scratch, measured)
 
     def rows(self, first_row: int, row_count: int) -> memoryview:
         """Return the finished bytes of any rows, from whole tiles: cut otherwise, products would have other bits."""
         wanted, size = memoryview(bytearray(row_count * self.row_bytes)), self.row_bytes
+        measured = range(first_row, first_row + row_count)  # the others are or will be the kernel's
         for first, count in self.tiles():
             start, stop = max(first, first_row), min(first + count, first_row + row_count)
             if start < stop:
-                tile = self.compute(first, count)
+                tile = self._compute(first, count, measured)
                 part = tile[(start - first) * size : (stop - first) * size]
                 wanted[(start - first_row) * size : (stop - first_row) * size] = part
         return wanted

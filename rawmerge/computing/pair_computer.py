@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 
 from rawmerge.computing.factor_parts import left_rows, right_factor, tile_height
 from rawmerge.computing.plain_pairs import PlainPair
+from rawmerge.computing.survival import SurvivalTally
 from rawmerge.dtypes import DTYPES
 from rawmerge.engine.anonymous_memory import LARGE_FROM, anonymous_memory, large_memory, whole_pages
 from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.native.pair_kernel import PairKernel
+from rawmerge.native.row_sums import RowSums
 
 #: What the other path makes of the same rows of the same tensor.
 Careful = Callable[[int, int], memoryview]
@@ -44,7 +46,9 @@ class PairComputer:
         row_bytes: of a finished row.
     """
 
-    def __init__(self, pair: PlainPair, block: int, files: OpenFiles, careful: Careful) -> None:
+    def __init__(
+        self, pair: PlainPair, block: int, files: OpenFiles, careful: Careful, tally: SurvivalTally | None = None
+    ) -> None:
         """Prepare nothing yet.
 
         Args:
@@ -52,6 +56,7 @@ class PairComputer:
             block: with which the kernel has torch's bits.
             files: what base and adapter are read through.
             careful: computes a tile that the kernel leaves, for overflow and the like.
+            tally: where what is left of the delta goes, None for nowhere.
         """
         self.changed = False
         self.row_bytes = DTYPES[pair.recipe.result].byte_count(pair.recipe.columns)
@@ -59,6 +64,7 @@ class PairComputer:
         self._block = block
         self._files = files
         self._careful = careful
+        self._tally = tally
         self._lock = threading.Lock()
         self._right: memoryview | None = None
 
@@ -91,7 +97,8 @@ class PairComputer:
             result = pages[phase:][: row_count * self.row_bytes]
         left = left_rows(self._pair, self._files, (first_row, row_count), scratch)
         kernel = PairKernel(recipe, self._block, self._pair.scaling, left, right)
-        changed, needs_care = kernel.merge(stored, result, (0, row_count), finds_changes=not self.changed)
+        sums = RowSums(self._tally.sums(), first_row, self._tally.stride) if self._tally else None
+        changed, needs_care = kernel.merge(stored, result, (0, row_count), finds_changes=not self.changed, tally=sums)
         if needs_care:
             result[:] = self._careful(first_row, row_count)
         else:

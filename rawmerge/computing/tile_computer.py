@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -19,18 +18,20 @@ from rawmerge.computing.device_tiles import updates_on
 from rawmerge.computing.devices import Device, Lane
 from rawmerge.computing.large_factors import left_role
 from rawmerge.computing.rounding import differs, make_nans_canonical, may_overflow, newly_non_finite, round_into
+from rawmerge.computing.row_meter import RowMeter
 from rawmerge.computing.shared_tensors import SharedTensors
 from rawmerge.computing.sliced_lora import SlicedLora
+from rawmerge.computing.survival import SUMS
 from rawmerge.computing.tile_scratch import TileScratch as TileScratch  # the engine and tests take it from here
+from rawmerge.computing.windowed_update import WindowedUpdate as WindowedUpdate
 from rawmerge.dtypes import DTYPES
 from rawmerge.engine.tiles import BLOCK_ELEMENTS, tile_rows
 from rawmerge.errors import NonFiniteTensorError, UnfitValuesError
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
 from rawmerge.merge_plan import ReplaceTensor, Update, UpdateTensor, Window, matrix_of
 from rawmerge.methods import METHODS
-from rawmerge.methods.interface import WHOLE, PreparedUpdate, Scratch, TileContext
+from rawmerge.methods.interface import WHOLE, PreparedUpdate, TileContext
 from rawmerge.methods.lora import PreparedLora
-from rawmerge.methods.movable import Movable
 
 
 def torch_dtype(code: str) -> torch.dtype:
@@ -38,23 +39,6 @@ def torch_dtype(code: str) -> torch.dtype:
     dtype = getattr(torch, DTYPES[code].torch_name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-@dataclass(frozen=True, slots=True)
-class WindowedUpdate(Movable):
-    """An update of a part of a tensor's matrix view; the update itself sees that part alone."""
-
-    inner: PreparedUpdate
-    window: Window
-
-    def apply(self, tile: torch.Tensor, first_row: int, scratch: Scratch) -> None:
-        """Change, in place, the rows and columns of `tile` (rows, columns) that lie in the window."""
-        window = self.window
-        start = max(first_row, window.row)
-        stop = min(first_row + tile.shape[0], window.row + window.row_count)
-        if start < stop:
-            part = tile[start - first_row : stop - first_row, window.columns(tile.shape[1])]
-            self.inner.apply(part, window.delta_row + start - window.row, scratch)
 
 
 class TensorComputer:
@@ -65,7 +49,7 @@ class TensorComputer:
         changed: whether an element is known to differ from what it was before the updates.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # most are the merge's own, which all steps share
         self,
         step: UpdateTensor | ReplaceTensor,
         files: OpenFiles,
@@ -73,6 +57,8 @@ class TensorComputer:
         blas: BlasThreads,
         compute_dtype: str,
         device: Device | None = None,
+        *,
+        meter: RowMeter | None = None,
     ) -> None:
         """Make the computer of a step; nothing is read yet.
 
@@ -83,10 +69,12 @@ class TensorComputer:
             blas: the merge's thread count.
             compute_dtype: `float32` or `float64`.
             device: where updates are computed if they can be, None for the CPU.
+            meter: measures what is left of the delta, None for nobody.
         """
         self.step = step
         self.changed = isinstance(step, ReplaceTensor)
         self._matrix = matrix_of(step)
+        self._meter = meter
         self._files = files
         self._shared = shared
         self._blas = blas
@@ -108,13 +96,16 @@ class TensorComputer:
         self._lock = threading.Lock()
         self._prepared: tuple[PreparedUpdate, ...] | None = None
 
-    def compute(self, first_row: int, row_count: int, scratch: TileScratch) -> memoryview:
+    def compute(
+        self, first_row: int, row_count: int, scratch: TileScratch, measured: range | None = None
+    ) -> memoryview:
         """Return the finished bytes of a tile of one stretch; they stay valid until the thread's next tile.
 
         Args:
             first_row: the tile's first row.
             row_count: how many rows.
             scratch: the calling thread's buffers.
+            measured: which rows go into the tally; None for all of the tile.
 
         Raises:
             NonFiniteTensorError: a value overflowed, or became NaN, where the base is finite.
@@ -125,12 +116,14 @@ class TensorComputer:
             result = self._there.attempt(updates, partial(self._compute_there, first_row, row_count))
             if result is not None:
                 return _as_bytes(result)
-        return _as_bytes(self._compute_here(first_row, row_count, updates, scratch))
+        rows = range(first_row, first_row + row_count)
+        return _as_bytes(self._compute_here(rows, updates, scratch, rows if measured is None else measured))
 
     def _compute_here(
-        self, first_row: int, row_count: int, updates: Sequence[PreparedUpdate], scratch: TileScratch
+        self, rows: range, updates: Sequence[PreparedUpdate], scratch: TileScratch, measured: range
     ) -> torch.Tensor:
         """Return a finished tile of one stretch, computed on the CPU."""
+        first_row, row_count = rows.start, len(rows)
         shape = (row_count, self._matrix.columns)
         before = self._read_tile(first_row, shape, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
@@ -145,6 +138,8 @@ class TensorComputer:
                 tile = self._update_block(block, first_row + first, own, scratch)
             round_into(rounded, tile)
             self._check(rounded, tile, block)
+            if self._meter and own:
+                self._meter.measure(first_row + first, (block, tile, rounded), measured, scratch)
         return result
 
     def _compute_there(
@@ -155,6 +150,8 @@ class TensorComputer:
         before = self._read_tile(first_row, shape, lane.host)
         result = lane.host.tensor("result", shape, self._output_dtype)
         own = [updates[place] for place in self._matrix.stretch_at(first_row).updates]
+        sampled = self._meter.count(first_row, row_count) if self._meter and own else 0
+        sums, begun = lane.host.tensor("sums", (sampled, SUMS), torch.float64), 0
         with lane.working():
             for first, count in tile_rows(*shape, elements):
                 block = lane.upload(before[first : first + count])
@@ -163,6 +160,12 @@ class TensorComputer:
                 round_into(rounded, tile)
                 self._check(rounded, tile, block)
                 lane.download(rounded, result[first : first + count])
+                if self._meter and sampled:
+                    part = self._meter.sums(first_row + first, (block, tile, rounded), lane.scratch)
+                    lane.download(part, sums[begun : begun + len(part)])
+                    begun += len(part)
+        if self._meter and sampled:
+            self._meter.put(first_row, sums)
         return result
 
     def _update_block(

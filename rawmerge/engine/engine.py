@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rawmerge.computing.computers import Computers, StepComputer
 from rawmerge.computing.step_paths import StepPaths
+from rawmerge.computing.survival import Survival
 from rawmerge.engine.anonymous_memory import PAGE_BYTES
 from rawmerge.engine.jobs import Job, ProgressCallback, RunningJobs, ShardInWork
 from rawmerge.engine.kept_ranges import JOB_BYTES, KeptRange, is_copied, kept_ranges, whole_source
@@ -33,9 +34,10 @@ class Engine:
 
     Attributes:
         changed: names of the updated tensors of which at least one element differs from the base.
+        survivals: what the rounding left of each updated tensor's delta, by its name; empty unless that is measured.
     """
 
-    def __init__(  # noqa: PLR0913  # the last three come from three owners, and have defaults
+    def __init__(  # noqa: PLR0913  # the last four come from as many owners, and have defaults
         self,
         compute_dtype: str,
         total_bytes: int,
@@ -45,9 +47,11 @@ class Engine:
         device: Device | None = None,
         budget: MemoryBudget | None = None,
         paths: StepPaths | None = None,
+        measures: bool = True,
     ) -> None:
         budget = budget or MemoryBudget(options.threads or default_threads(), tile_elements)
         self.changed: set[str] = set()
+        self.survivals: dict[str, Survival] = {}
         self._options = options
         self._threads = budget.threads
         self._total_bytes = total_bytes
@@ -55,7 +59,7 @@ class Engine:
         self._behind = WriteBehind(budget.window_bytes)
         self._files = OpenFiles()
         paths = paths or StepPaths(compute_dtype, options)
-        self._computers = Computers(compute_dtype, paths, self._files, budget, device)
+        self._computers = Computers(compute_dtype, paths, self._files, budget, device, measures=measures)
 
     def run(self, shards: Iterable[tuple[ShardPlan, ShardTarget]], report: ProgressCallback | None) -> None:
         """Write all shards and make them durable.
@@ -172,6 +176,8 @@ class Engine:
             self._behind.read_rows(self._files, step.source, rows, step.entry.byte_count // computer.row_bytes)
             if computer.changed:
                 self.changed.add(step.entry.name)
+            if computer.tally and (survival := computer.tally.finish(rows[1])):
+                self.survivals[step.entry.name] = survival
 
         return call
 

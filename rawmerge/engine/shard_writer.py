@@ -70,6 +70,7 @@ class OutputFile:
         # 0o666 less the umask: a checkpoint is no secret of its writer's
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._direct = -1
+        self._is_lost = False
         self._edges = PageEdges()
         self._turn = turn or nullcontext()
         self._finished = finished
@@ -155,6 +156,8 @@ class OutputFile:
             pages = mmap.mmap(files.descriptor(path), at + count, mmap.MAP_SHARED, mmap.PROT_READ, offset=start - at)
             with pages, memoryview(pages) as view, view[at:] as whole, self._turn, self._named(offset + head):
                 written = os.pwrite(self._direct, whole, offset + head)
+            if os.fstat(files.descriptor(path)).st_size < start + count:  # of a page beyond it, zeros are mapped
+                return 0
         except (OSError, ValueError) as error:  # mapping is not possible, or the file has become shorter: reading tells
             if isinstance(error, OSError) and error.errno not in _NO_MAPPED_WRITE:
                 raise
@@ -200,14 +203,17 @@ class OutputFile:
         """Make the file share all of another's blocks, of which each is copied only once it is written to.
 
         Returns:
-            Whether the file system can; if not, the file is as it was.
+            Whether the file system can, and the source is long enough; if not, everything has to be written.
         """
         if sys.platform == "win32":
             return False
         try:
             # ioctl_ficlone(2): XFS, Btrfs, bcachefs, OCFS2, NFS 4.2; both files on one file system
             fcntl.ioctl(self._descriptor, _FICLONE, files.descriptor(path))
+            byte_count = os.fstat(files.descriptor(path)).st_size
         except OSError:
+            return False
+        if byte_count < self._byte_count:  # it has become shorter, and zeros stand for the rest: copying will tell
             return False
         os.ftruncate(self._descriptor, self._byte_count)  # the source may be the longer one
         return True
@@ -216,8 +222,7 @@ class OutputFile:
         """Wait until what is written is on the disk, and give up its pages; nothing where the file is closed."""
         with self._lock:  # the file may be finished, and its number another's, by now
             if self._descriptor >= 0:
-                with named_errors(self.path, "syncing"):
-                    os.fdatasync(self._descriptor) if hasattr(os, "fdatasync") else os.fsync(self._descriptor)
+                self._sync(getattr(os, "fdatasync", os.fsync))
                 self._give_up_pages()
 
     def finish(self, *, gives_up_pages: bool = False) -> None:
@@ -227,8 +232,8 @@ class OutputFile:
             gives_up_pages: whether the system need not keep the content in memory.
         """
         self._write_edges()
-        with named_errors(self.path, "syncing"):
-            os.fsync(self._descriptor)
+        with self._lock:  # else of two syncs at a time, only the other might be told of an error
+            self._sync(os.fsync)
         if gives_up_pages:
             self._give_up_pages()
         self.close()
@@ -247,6 +252,18 @@ class OutputFile:
 
     def _named(self, offset: int) -> AbstractContextManager[None]:
         return named_errors(self.path, "writing", offset)
+
+    def _sync(self, call: Callable[[int], None]) -> None:
+        """Wait for the disk; once that has failed, never again.
+
+        The system tells of pages that it could not write once, and then counts them as written: fsync(2).
+        """
+        if self._is_lost:
+            raise OSError(errno.EIO, "not all that was written has reached the disk (syncing)", str(self.path))
+        self._is_lost = True
+        with named_errors(self.path, "syncing"):
+            call(self._descriptor)
+        self._is_lost = False
 
     def _give_up_pages(self) -> None:
         if hasattr(os, "posix_fadvise"):

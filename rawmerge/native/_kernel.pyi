@@ -18,8 +18,25 @@ def merge(
     is_double: bool,
     finds_changes: bool,
     level: int,
+    sums: Buffer = ...,
+    first_row: int = ...,
+    stride: int = ...,
     /,
 ) -> int: ...
+def measure(
+    before: Buffer,
+    after: Buffer,
+    now: Buffer,
+    sums: Buffer,
+    sizes: tuple[int, int],
+    first_row: int,
+    stride: int,
+    in_dtype: int,
+    out_dtype: int,
+    is_double: bool,
+    level: int,
+    /,
+) -> None: ...
 def pack(
     stored: Buffer, packed: Buffer, dtype: int, sizes: tuple[int, int, int, int], is_right: bool, is_double: bool, /
 ) -> None: ...

@@ -37,6 +37,16 @@ static merge_tile *tile_merger(int level, int is_double) {
 #endif
 }
 
+static measure_tile *tile_measurer(int level, int is_double) {
+#if HAS_TILES
+    if (level == 2) return is_double ? measure_rows_double_avx512 : measure_rows_float_avx512;
+    return is_double ? measure_rows_double_avx2 : measure_rows_float_avx2;
+#else
+    (void)level, (void)is_double;
+    return NULL;
+#endif
+}
+
 /* a * b * c, or -1 where a factor is negative or the product has no room in a Py_ssize_t. */
 static Py_ssize_t product(Py_ssize_t a, Py_ssize_t b, Py_ssize_t c) {
     if (a < 0 || b < 0 || c < 0) return -1;
@@ -68,25 +78,69 @@ static int is_sound(const struct tile *tile, const Py_buffer *buffers, int is_do
            has_bytes(&buffers[3], panels(tile->columns), panel_bytes, 1);
 }
 
+/* Whether the sums of all sampled rows have room, at an address that doubles may have. */
+static int has_sums(const struct tile *tile, const Py_buffer *sums) {
+    if (!tile->stride) return 1;
+    if (tile->stride < 0 || tile->stride > PY_SSIZE_T_MAX / 4) return 0;
+    if (tile->first < 0 || tile->rows > PY_SSIZE_T_MAX / 4 - tile->first) return 0;
+    if (!sums->buf || (uintptr_t)sums->buf % sizeof(double)) return 0;
+    const Py_ssize_t end = tile->first + tile->rows;
+    return has_bytes(sums, end / tile->stride + (end % tile->stride != 0), SUMS, sizeof(double));
+}
+
 static PyObject *merge(PyObject *self, PyObject *args) {
-    Py_buffer buffers[4];
-    struct tile tile;
+    Py_buffer buffers[5] = {{0}};
+    struct tile tile = {0};
     int is_double, level, found = -1;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*w*y*y*(nnnn)diiippi", &buffers[0], &buffers[1], &buffers[2], &buffers[3],
+    if (!PyArg_ParseTuple(args, "y*w*y*y*(nnnn)diiippi|w*nn", &buffers[0], &buffers[1], &buffers[2], &buffers[3],
                           &tile.rows, &tile.columns, &tile.rank, &tile.block, &tile.scale, &tile.in_dtype,
-                          &tile.out_dtype, &tile.delta_dtype, &is_double, &tile.finds_changes, &level))
+                          &tile.out_dtype, &tile.delta_dtype, &is_double, &tile.finds_changes, &level, &buffers[4],
+                          &tile.first, &tile.stride))
         return NULL;
     tile.in = buffers[0].buf, tile.out = buffers[1].buf, tile.left = buffers[2].buf, tile.right = buffers[3].buf;
-    if (is_sound(&tile, buffers, is_double, level)) {
+    tile.sums = buffers[4].buf;
+    if (is_sound(&tile, buffers, is_double, level) && has_sums(&tile, &buffers[4])) {
         Py_BEGIN_ALLOW_THREADS;
         found = tile_merger(level, is_double)(&tile);
         Py_END_ALLOW_THREADS;
     } else {
         PyErr_SetString(PyExc_ValueError, "a buffer is too small for the tile, or a number is out of its range");
     }
-    for (int i = 0; i < 4; i++) PyBuffer_Release(&buffers[i]);
+    for (int i = 0; i < 5; i++) PyBuffer_Release(&buffers[i]);
     return found < 0 ? NULL : PyLong_FromLong(found);
+}
+
+static int is_measurable(const struct tile *tile, const Py_buffer *buffers, int is_double, int level) {
+    if (!is_dtype(tile->in_dtype) || !is_dtype(tile->out_dtype) || tile->rows < 0 || tile->columns < 0) return 0;
+    if (level < 1 || level > instruction_level() || tile->stride < 1) return 0;
+    return has_bytes(&buffers[0], tile->rows, tile->columns, dtype_size(tile->in_dtype)) &&
+           has_bytes(&buffers[1], tile->rows, tile->columns, is_double ? 8 : 4) &&
+           has_bytes(&buffers[2], tile->rows, tile->columns, dtype_size(tile->out_dtype)) &&
+           has_sums(tile, &buffers[3]);
+}
+
+static PyObject *measure(PyObject *self, PyObject *args) {
+    Py_buffer buffers[4];
+    struct tile tile = {0};
+    int is_double, level;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*(nn)nniipi", &buffers[0], &buffers[1], &buffers[2], &buffers[3], &tile.rows,
+                          &tile.columns, &tile.first, &tile.stride, &tile.in_dtype, &tile.out_dtype, &is_double,
+                          &level))
+        return NULL;
+    tile.in = buffers[0].buf, tile.out = buffers[2].buf, tile.sums = buffers[3].buf;
+    const int is_sound_call = is_measurable(&tile, buffers, is_double, level);
+    if (is_sound_call) {
+        Py_BEGIN_ALLOW_THREADS;
+        tile_measurer(level, is_double)(&tile, buffers[1].buf);
+        Py_END_ALLOW_THREADS;
+    } else {
+        PyErr_SetString(PyExc_ValueError, "a buffer is too small for the rows, or a number is out of its range");
+    }
+    for (int i = 0; i < 4; i++) PyBuffer_Release(&buffers[i]);
+    if (!is_sound_call) return NULL;
+    Py_RETURN_NONE;
 }
 
 /* Exactly; where half is subnormal the float is not. */
@@ -183,7 +237,10 @@ static PyObject *pack(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"merge", merge, METH_VARARGS, "merge(in, out, left, right, (rows, columns, rank, block), scale, in_dtype, "
-                                   "out_dtype, delta_dtype, is_double, finds_changes, level) -> flags"},
+                                   "out_dtype, delta_dtype, is_double, finds_changes, level, sums, first_row, stride) "
+                                   "-> flags; the last three may be left out"},
+    {"measure", measure, METH_VARARGS, "measure(before, after, now, sums, (rows, columns), first_row, stride, in_dtype, "
+                                       "out_dtype, is_double, level)"},
     {"pack", pack, METH_VARARGS, "pack(stored, packed, dtype, (outer, inner, outer_step, inner_step), is_right, "
                                  "is_double)"},
     {NULL, NULL, 0, NULL},

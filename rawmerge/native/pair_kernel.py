@@ -8,6 +8,7 @@ from types import ModuleType
 from rawmerge.engine.anonymous_memory import anonymous_memory
 from rawmerge.native import DTYPE_CODES, PANEL, kernel
 from rawmerge.native.recipe import Recipe
+from rawmerge.native.row_sums import RowSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,13 @@ class PairKernel:
     level: int = 0
 
     def merge(
-        self, stored: memoryview, result: memoryview, rows: tuple[int, int], *, finds_changes: bool
+        self,
+        stored: memoryview,
+        result: memoryview,
+        rows: tuple[int, int],
+        *,
+        finds_changes: bool,
+        tally: RowSums | None = None,
     ) -> tuple[bool, bool]:
         """Merge a tile of whole rows; the interpreter lock is let go meanwhile.
 
@@ -97,6 +104,7 @@ class PairKernel:
             result: where the merged rows go; may be `stored` where both dtypes have the same size.
             rows: the first row's number, and how many.
             finds_changes: whether to look for a changed element; else it is taken for granted.
+            tally: where the sums of sampled rows go; of no use where the result is not.
 
         Returns:
             Whether an element has changed; and whether a value is not finite, overflowed or is subnormal, so that
@@ -122,6 +130,7 @@ class PairKernel:
             recipe.is_double,
             finds_changes,
             self.level or compiled.LEVEL,
+            *((tally.sums, tally.first_row, tally.stride) if tally else ()),
         )
         return bool(found & compiled.CHANGED), bool(found & compiled.CARE)
 

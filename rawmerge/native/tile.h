@@ -14,6 +14,10 @@ enum dtype { BF16 = 0, F16 = 1, F32 = 2 };
 #define CHANGED 1 /* an element differs from what it was */
 #define CARE 2    /* a value is not finite, overflows, or cannot be rounded here; the result is of no use */
 
+/* What is summed over a sampled row, in this order: elements whose delta D is not 0, elements whose stored value
+   changes, D^2, (stored change)^2, (stored change - D)^2. */
+#define SUMS 5
+
 /* out = round(in + (left @ right) * scale), element by element:
    the product is a chain of fused multiply-adds over k, in blocks of `block`, whose sums are added up in order. */
 struct tile {
@@ -26,11 +30,19 @@ struct tile {
     int in_dtype, out_dtype;
     int delta_dtype; /* dtype that the scaled product is rounded to before it is added; -1: none */
     int finds_changes;
+    double *sums;             /* (sampled rows of the tensor, SUMS); row r is the r / stride-th, if stride divides it */
+    ptrdiff_t first, stride;  /* number of the tile's first row in the tensor; stride 0: no row is sampled */
 };
 
 typedef int merge_tile(const struct tile *);
 
 merge_tile merge_float_avx512, merge_double_avx512, merge_float_avx2, merge_double_avx2;
+
+/* The sums of a tile's sampled rows, which others have merged from `in` to `out`; given what was rounded, (rows,
+   columns) of float or double. */
+typedef void measure_tile(const struct tile *, const void *);
+
+measure_tile measure_rows_float_avx512, measure_rows_double_avx512, measure_rows_float_avx2, measure_rows_double_avx2;
 
 /* Bits of the lowest absolute float that is stored as infinity, or is no number. */
 static inline uint32_t too_high(int dtype) {
@@ -44,6 +56,13 @@ static inline int any_extreme(const uint32_t *highest, const uint32_t *lowest, i
         if (lowest && dtype != F32 && lowest[i] < 0x007fffffu) return 1;
     }
     return 0;
+}
+
+/* The tile's first sampled row from `row` on. */
+static inline ptrdiff_t next_sampled(const struct tile *tile, ptrdiff_t row) {
+    if (!tile->stride) return PTRDIFF_MAX;
+    const ptrdiff_t past = (tile->first + row) % tile->stride;
+    return past ? row + tile->stride - past : row;
 }
 
 static inline size_t dtype_size(int dtype) { return dtype == F32 ? 4 : 2; }

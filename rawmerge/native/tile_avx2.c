@@ -8,6 +8,32 @@
 #define TARGET target("avx2,fma,f16c")
 #define STRIP_ROWS 48
 
+/* What is summed over elements of a sampled row, 4 at a time. */
+struct sums_avx2 {
+    __m256d delta, applied, error;
+    int touched, changed;
+};
+
+static inline __attribute__((always_inline, TARGET)) void add_avx2(struct sums_avx2 *sums, __m256d delta,
+                                                                   __m256d applied) {
+    const __m256d error = _mm256_sub_pd(applied, delta);
+    sums->delta = _mm256_fmadd_pd(delta, delta, sums->delta);
+    sums->applied = _mm256_fmadd_pd(applied, applied, sums->applied);
+    sums->error = _mm256_fmadd_pd(error, error, sums->error);
+}
+
+static inline __attribute__((always_inline, TARGET)) double total_avx2(__m256d values) {
+    const __m128d pairs = _mm_add_pd(_mm256_castpd256_pd128(values), _mm256_extractf128_pd(values, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(pairs, _mm_unpackhi_pd(pairs, pairs)));
+}
+
+static inline __attribute__((always_inline, TARGET)) void end_avx2(const struct sums_avx2 *sums, double *row) {
+    row[0] += sums->touched, row[1] += sums->changed;
+    row[2] += total_avx2(sums->delta);
+    row[3] += total_avx2(sums->applied);
+    row[4] += total_avx2(sums->error);
+}
+
 #define NAME(x) x##_float_avx2
 #define FN static inline __attribute__((always_inline, TARGET))
 #define OUTER __attribute__((TARGET))
@@ -22,6 +48,9 @@
 #define v_fma _mm256_fmadd_ps
 #define v_mul _mm256_mul_ps
 #define v_add _mm256_add_ps
+#define v_sub _mm256_sub_ps
+#define v_store _mm256_storeu_ps
+#define SET(x) x##_avx2
 
 struct state_float_avx2 {
     __m256i highest; /* absolute value, as bits */
@@ -66,6 +95,18 @@ FN int needs_care_float_avx2(const struct state_float_avx2 *state, int dtype) {
     return any_extreme(highest, NULL, 8, dtype);
 }
 
+FN void add_float_avx2(struct sums_avx2 *sums, __m256 delta, __m256 old, __m256 now) {
+    const __m128 old_high = _mm256_extractf128_ps(old, 1), now_high = _mm256_extractf128_ps(now, 1);
+    const __m256 touched = _mm256_cmp_ps(delta, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    sums->touched += __builtin_popcount(_mm256_movemask_ps(touched));
+    sums->changed += __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps(now, old, _CMP_NEQ_UQ)));
+    const __m256d low = _mm256_sub_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(now)),
+                                      _mm256_cvtps_pd(_mm256_castps256_ps128(old)));
+    const __m256d high = _mm256_sub_pd(_mm256_cvtps_pd(now_high), _mm256_cvtps_pd(old_high));
+    add_avx2(sums, _mm256_cvtps_pd(_mm256_castps256_ps128(delta)), low);
+    add_avx2(sums, _mm256_cvtps_pd(_mm256_extractf128_ps(delta, 1)), high);
+}
+
 #include "tile_body.h"
 
 #define NAME(x) x##_double_avx2
@@ -82,6 +123,9 @@ FN int needs_care_float_avx2(const struct state_float_avx2 *state, int dtype) {
 #define v_fma _mm256_fmadd_pd
 #define v_mul _mm256_mul_pd
 #define v_add _mm256_add_pd
+#define v_sub _mm256_sub_pd
+#define v_store _mm256_storeu_pd
+#define SET(x) x##_avx2
 
 struct state_double_avx2 {
     __m128i highest; /* absolute value rounded to float, as bits */
@@ -131,6 +175,13 @@ FN int needs_care_double_avx2(const struct state_double_avx2 *state, int dtype) 
     _mm_storeu_si128((__m128i *)highest, state->highest);
     _mm_storeu_si128((__m128i *)lowest, state->lowest);
     return any_extreme(highest, lowest, 4, dtype);
+}
+
+FN void add_double_avx2(struct sums_avx2 *sums, __m256d delta, __m256d old, __m256d now) {
+    const __m256d touched = _mm256_cmp_pd(delta, _mm256_setzero_pd(), _CMP_NEQ_UQ);
+    sums->touched += __builtin_popcount(_mm256_movemask_pd(touched));
+    sums->changed += __builtin_popcount(_mm256_movemask_pd(_mm256_cmp_pd(now, old, _CMP_NEQ_UQ)));
+    add_avx2(sums, delta, _mm256_sub_pd(now, old));
 }
 
 #include "tile_body.h"

@@ -8,6 +8,27 @@
 #define TARGET target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define STRIP_ROWS 48
 
+/* What is summed over elements of a sampled row, 8 at a time. */
+struct sums_avx512 {
+    __m512d delta, applied, error;
+    int touched, changed;
+};
+
+static inline __attribute__((always_inline, TARGET)) void add_avx512(struct sums_avx512 *sums, __m512d delta,
+                                                                     __m512d applied) {
+    const __m512d error = _mm512_sub_pd(applied, delta);
+    sums->delta = _mm512_fmadd_pd(delta, delta, sums->delta);
+    sums->applied = _mm512_fmadd_pd(applied, applied, sums->applied);
+    sums->error = _mm512_fmadd_pd(error, error, sums->error);
+}
+
+static inline __attribute__((always_inline, TARGET)) void end_avx512(const struct sums_avx512 *sums, double *row) {
+    row[0] += sums->touched, row[1] += sums->changed;
+    row[2] += _mm512_reduce_add_pd(sums->delta);
+    row[3] += _mm512_reduce_add_pd(sums->applied);
+    row[4] += _mm512_reduce_add_pd(sums->error);
+}
+
 #define NAME(x) x##_float_avx512
 #define FN static inline __attribute__((always_inline, TARGET))
 #define OUTER __attribute__((TARGET))
@@ -22,6 +43,9 @@
 #define v_fma _mm512_fmadd_ps
 #define v_mul _mm512_mul_ps
 #define v_add _mm512_add_ps
+#define v_sub _mm512_sub_ps
+#define v_store _mm512_storeu_ps
+#define SET(x) x##_avx512
 
 struct state_float_avx512 {
     __m512i highest; /* absolute value, as bits */
@@ -59,6 +83,17 @@ FN int needs_care_float_avx512(const struct state_float_avx512 *state, int dtype
     return _mm512_reduce_max_epu32(state->highest) >= too_high(dtype);
 }
 
+FN void add_float_avx512(struct sums_avx512 *sums, __m512 delta, __m512 old, __m512 now) {
+    const __m256 old_high = _mm512_extractf32x8_ps(old, 1), now_high = _mm512_extractf32x8_ps(now, 1);
+    sums->touched += __builtin_popcount(_mm512_cmp_ps_mask(delta, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+    sums->changed += __builtin_popcount(_mm512_cmp_ps_mask(now, old, _CMP_NEQ_UQ));
+    const __m512d low = _mm512_sub_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(now)),
+                                      _mm512_cvtps_pd(_mm512_castps512_ps256(old)));
+    const __m512d high = _mm512_sub_pd(_mm512_cvtps_pd(now_high), _mm512_cvtps_pd(old_high));
+    add_avx512(sums, _mm512_cvtps_pd(_mm512_castps512_ps256(delta)), low);
+    add_avx512(sums, _mm512_cvtps_pd(_mm512_extractf32x8_ps(delta, 1)), high);
+}
+
 #include "tile_body.h"
 
 #define NAME(x) x##_double_avx512
@@ -75,6 +110,9 @@ FN int needs_care_float_avx512(const struct state_float_avx512 *state, int dtype
 #define v_fma _mm512_fmadd_pd
 #define v_mul _mm512_mul_pd
 #define v_add _mm512_add_pd
+#define v_sub _mm512_sub_pd
+#define v_store _mm512_storeu_pd
+#define SET(x) x##_avx512
 
 struct state_double_avx512 {
     __m256i highest; /* absolute value rounded to float, as bits */
@@ -128,6 +166,12 @@ FN int needs_care_double_avx512(const struct state_double_avx512 *state, int dty
     _mm256_storeu_si256((__m256i *)highest, state->highest);
     _mm256_storeu_si256((__m256i *)lowest, state->lowest);
     return any_extreme(highest, lowest, 8, dtype);
+}
+
+FN void add_double_avx512(struct sums_avx512 *sums, __m512d delta, __m512d old, __m512d now) {
+    sums->touched += __builtin_popcount(_mm512_cmp_pd_mask(delta, _mm512_setzero_pd(), _CMP_NEQ_UQ));
+    sums->changed += __builtin_popcount(_mm512_cmp_pd_mask(now, old, _CMP_NEQ_UQ));
+    add_avx512(sums, delta, _mm512_sub_pd(now, old));
 }
 
 #include "tile_body.h"

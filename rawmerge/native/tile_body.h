@@ -4,12 +4,15 @@
    FN                        attributes of an inlined function
    REAL, VEC, LANES          element of the factors, vector of it, and how many it has
    ROWS, VECS                rows and vectors of one block held in registers
-   v_zero v_set1 v_load v_fma v_mul v_add
+   v_zero v_set1 v_load v_store v_fma v_mul v_add v_sub
    NAME(load)(pointer, dtype)                  stored elements, widened exactly
    NAME(store)(pointer, vector, dtype, state)  rounded once and stored; the state remembers what may overflow
    NAME(unequal)(vector, vector)               whether an element differs, NaN from everything
    NAME(state), NAME(begin)(changed)           what is remembered, and at first
    NAME(needs_care)(state, dtype)              whether the result is of no use
+   SET(x)                                      x with the instruction set's suffix, for what both precisions share
+   NAME(add)(sums, vector, vector, vector)     adds D, by what is stored of the base and of the result
+   SET(sums), SET(end)(sums, row)              sums of some elements; adds them to their row's
 */
 
 #define BLOCK_COLUMNS (VECS * LANES)
@@ -45,10 +48,38 @@ FN int NAME(differ)(const char *stored, VEC before, int dtype) {
     return NAME(unequal)(NAME(load)(stored, dtype), NAME(round)(before, dtype, &ignored));
 }
 
+/* One row of a block: the base's values, and what the one rounding gets less them. */
+struct NAME(line) {
+    REAL before[BLOCK_COLUMNS], delta[BLOCK_COLUMNS];
+};
+
+/* Add a sampled row's part in a block, which is stored at `out`, to its sums; they begin with the first column.
+   Where a block is padded, 0 has become 0, and nothing is added. */
+OUTER static __attribute__((noinline)) void NAME(measure)(const struct NAME(line) *line, const char *out,
+                                                          double *row, int is_first, int in_dtype, int out_dtype) {
+    struct NAME(state) ignored = NAME(begin)(0);
+    struct SET(sums) sums;
+    memset(&sums, 0, sizeof sums);
+    if (is_first) memset(row, 0, SUMS * sizeof *row);
+    for (int v = 0; v < VECS; v++) {
+        VEC old = v_load(line->before + v * LANES);
+        if (in_dtype != out_dtype) old = NAME(round)(old, out_dtype, &ignored);
+        VEC now = NAME(load)(out + v * LANES * dtype_size(out_dtype), out_dtype);
+        NAME(add)(&sums, v_load(line->delta + v * LANES), old, now);
+    }
+    SET(end)(&sums, row);
+}
+
+/* Where a block lies: its first row and column in the tile, and the rows of it that are sampled, as bits. */
+struct NAME(place) {
+    ptrdiff_t row, column;
+    unsigned sampled;
+};
+
 /* One block of rows x BLOCK_COLUMNS. `stride` is the distance between rows of `in` and `out` in elements. */
 FN void NAME(block)(const struct tile *tile, const char *in, char *out, ptrdiff_t stride, const REAL *left,
-                    const REAL *right, struct NAME(state) *state, const int rows, const int in_dtype,
-                    const int out_dtype) {
+                    const REAL *right, struct NAME(state) *state, struct NAME(place) place, const int rows,
+                    const int in_dtype, const int out_dtype) {
     struct NAME(registers) now, total;
     const ptrdiff_t rank = tile->rank, first = tile->block < rank ? tile->block : rank;
     const size_t in_size = dtype_size(in_dtype), out_size = dtype_size(out_dtype);
@@ -61,23 +92,36 @@ FN void NAME(block)(const struct tile *tile, const char *in, char *out, ptrdiff_
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < VECS; v++) now.sum[r][v] = v_add(total.sum[r][v], now.sum[r][v]);
     }
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        struct NAME(line) line;
+        const int is_sampled = place.sampled >> r & 1;
         for (int v = 0; v < VECS; v++) {
             const ptrdiff_t at = r * stride + v * LANES;
             VEC before = NAME(load)(in + at * in_size, in_dtype);
             VEC delta = v_mul(now.sum[r][v], scale);
             if (tile->delta_dtype >= 0) delta = NAME(round)(delta, tile->delta_dtype, state);
-            NAME(store)(out + at * out_size, v_add(before, delta), out_dtype, state);
+            VEC after = v_add(before, delta);
+            if (is_sampled) {
+                v_store(line.before + v * LANES, before);
+                v_store(line.delta + v * LANES, v_sub(after, before));
+            }
+            NAME(store)(out + at * out_size, after, out_dtype, state);
             if (!state->changed) state->changed = NAME(differ)(out + at * out_size, before, out_dtype);
         }
+        if (is_sampled) {
+            double *row = tile->sums + (tile->first + place.row + r) / tile->stride * SUMS;
+            NAME(measure)(&line, out + r * stride * out_size, row, place.column == 0, in_dtype, out_dtype);
+        }
+    }
 }
 
 /* A block at the tile's right edge, by way of rows that are wide enough. */
 FN void NAME(edge)(const struct tile *tile, const char *in, char *out, ptrdiff_t width, const REAL *left,
-                   const REAL *right, struct NAME(state) *state, const int in_dtype, const int out_dtype) {
+                   const REAL *right, struct NAME(state) *state, struct NAME(place) place, const int in_dtype,
+                   const int out_dtype) {
     char wide_in[4 * BLOCK_COLUMNS] = {0}, wide_out[4 * BLOCK_COLUMNS];
     memcpy(wide_in, in, width * dtype_size(in_dtype));
-    NAME(block)(tile, wide_in, wide_out, BLOCK_COLUMNS, left, right, state, 1, in_dtype, out_dtype);
+    NAME(block)(tile, wide_in, wide_out, BLOCK_COLUMNS, left, right, state, place, 1, in_dtype, out_dtype);
     memcpy(out, wide_out, width * dtype_size(out_dtype));
 }
 
@@ -86,22 +130,56 @@ FN void NAME(column)(const struct tile *tile, ptrdiff_t column, ptrdiff_t first,
     const size_t in_size = dtype_size(in_dtype), out_size = dtype_size(out_dtype);
     const ptrdiff_t width = tile->columns - column;
     const REAL *right = (const REAL *)tile->right + column / PANEL * PANEL * tile->rank + column % PANEL;
-    ptrdiff_t row = first;
+    ptrdiff_t row = first, next = next_sampled(tile, first);
     while (row < last) {
+        const int rows = width >= BLOCK_COLUMNS && row + ROWS <= last ? ROWS : 1;
+        struct NAME(place) place = {row, column, 0};
         const ptrdiff_t at = row * tile->columns + column;
         const char *in = (const char *)tile->in + at * in_size;
         char *out = (char *)tile->out + at * out_size;
         const REAL *left = (const REAL *)tile->left + row * tile->rank;
-        if (width < BLOCK_COLUMNS) {
-            NAME(edge)(tile, in, out, width, left, right, state, in_dtype, out_dtype);
-            row += 1;
-        } else if (row + ROWS <= last) {
-            NAME(block)(tile, in, out, tile->columns, left, right, state, ROWS, in_dtype, out_dtype);
-            row += ROWS;
-        } else {
-            NAME(block)(tile, in, out, tile->columns, left, right, state, 1, in_dtype, out_dtype);
-            row += 1;
+        for (; next < row + rows; next += tile->stride) place.sampled |= 1u << (next - row);
+        if (width < BLOCK_COLUMNS)
+            NAME(edge)(tile, in, out, width, left, right, state, place, in_dtype, out_dtype);
+        else if (rows == 1)
+            NAME(block)(tile, in, out, tile->columns, left, right, state, place, 1, in_dtype, out_dtype);
+        else if (place.sampled)
+            NAME(block)(tile, in, out, tile->columns, left, right, state, place, ROWS, in_dtype, out_dtype);
+        else /* most blocks, without a question for each row */
+            NAME(block)(tile, in, out, tile->columns, left, right, state, (struct NAME(place)){row, column, 0}, ROWS,
+                        in_dtype, out_dtype);
+        row += rows;
+    }
+}
+
+/* The sums of a row that others have merged: `before` and `now` are stored, `after` is what was rounded. */
+FN void NAME(measure_row)(const struct tile *tile, const char *before, const REAL *after, const char *now,
+                          double *row) {
+    const size_t in_size = dtype_size(tile->in_dtype), out_size = dtype_size(tile->out_dtype);
+    for (ptrdiff_t column = 0; column < tile->columns; column += BLOCK_COLUMNS) {
+        const ptrdiff_t left = tile->columns - column, width = left < BLOCK_COLUMNS ? left : BLOCK_COLUMNS;
+        char wide_before[4 * BLOCK_COLUMNS] = {0}, wide_now[4 * BLOCK_COLUMNS] = {0};
+        REAL wide_after[BLOCK_COLUMNS] = {0};
+        struct NAME(line) line;
+        memcpy(wide_before, before + column * in_size, width * in_size);
+        memcpy(wide_now, now + column * out_size, width * out_size);
+        memcpy(wide_after, after + column, width * sizeof(REAL));
+        for (int v = 0; v < VECS; v++) {
+            const VEC base = NAME(load)(wide_before + v * LANES * in_size, tile->in_dtype);
+            v_store(line.before + v * LANES, base);
+            v_store(line.delta + v * LANES, v_sub(v_load(wide_after + v * LANES), base));
         }
+        NAME(measure)(&line, wide_now, row, column == 0, tile->in_dtype, tile->out_dtype);
+    }
+}
+
+OUTER void NAME(measure_rows)(const struct tile *tile, const void *after) {
+    const size_t in_size = dtype_size(tile->in_dtype), out_size = dtype_size(tile->out_dtype);
+    for (ptrdiff_t row = next_sampled(tile, 0); row < tile->rows; row += tile->stride) {
+        const ptrdiff_t at = row * tile->columns;
+        NAME(measure_row)(tile, (const char *)tile->in + at * in_size, (const REAL *)after + at,
+                          (const char *)tile->out + at * out_size,
+                          tile->sums + (tile->first + row) / tile->stride * SUMS);
     }
 }
 
@@ -138,3 +216,6 @@ OUTER int NAME(merge)(const struct tile *tile) {
 #undef v_fma
 #undef v_mul
 #undef v_add
+#undef v_sub
+#undef v_store
+#undef SET
