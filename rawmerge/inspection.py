@@ -14,10 +14,13 @@ from rawmerge.errors import Problem, RefusedError
 from rawmerge.formats.adapter_names import parse_adapter_names
 from rawmerge.inputs.adapter import Adapter, is_adapter, read_adapter
 from rawmerge.inputs.base_checkpoint import read_base
+from rawmerge.inputs.identity import RECORD_NAME, read_record
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.matcher import foreign_problem, grammar_of
 from rawmerge.methods import ADAPTER_KINDS
 
+#: Files of an input that are named.
+_MAX_FILES: Final = 4
 #: Roles of tensors that are not the kind's own.
 _NOT_OWN: Final = frozenset({"stored", "stored_base", "saved_copy", "original_copy", "token_rows", "foreign"})
 
@@ -98,8 +101,51 @@ def _inspect_base(root: Path) -> Inspection:
         "index": "yes" if base.weight_map else "none",
         **_tensor_facts(base.tensors),
         "kept only (not plain floats)": packed,
+        **_merge_facts(root),
     }
     return Inspection("base", str(root), facts, ())
+
+
+def _merge_facts(root: Path) -> dict[str, str | int | float | list[str]]:
+    """Return what the record of a merge by rawmerge tells; nothing where there is none. It proves nothing.
+
+    A stranger may have written it, so parts of a wrong type are left out.
+    """
+    record = read_record(root)
+    if record.note:
+        return {"merge by rawmerge": f"its {RECORD_NAME} cannot be read"}
+    if not record.fields:
+        return {}
+    adapters = [adapter for adapter in _items(record.fields.get("adapters")) if isinstance(adapter, dict)]
+    return {
+        "merge by rawmerge": str(_table(record.fields.get("versions")).get("rawmerge", "of an unknown version"))[:80],
+        "merged base": _input_text(record.fields.get("base"), "shards"),
+        "merged adapters": [_input_text(adapter, "files") for adapter in adapters],
+        "adapters before": len(_items(record.fields.get("history"))),
+        "merged with": [f"{name} {value}" for name, value in _table(record.fields.get("options")).items()],
+    }
+
+
+def _input_text(part: object, files: str) -> str:
+    """Return an input in the words of the record: its place on the hub, and its files with their bytes."""
+    table = _table(part)
+    found = [item for item in map(_table, _items(table.get(files))) if isinstance(item.get("bytes"), int)]
+    names = ", ".join(_file_text(item) for item in found[:_MAX_FILES])
+    more = f" and {len(found) - _MAX_FILES} more" if len(found) > _MAX_FILES else ""
+    return f"{table.get('repo') or 'local files'}: {names or 'no file'}{more}"
+
+
+def _file_text(item: Mapping[str, Any]) -> str:
+    digest = f", SHA-256 {item['sha256']}"[:90] if "sha256" in item else ""
+    return f"{item.get('name', 'unnamed')} ({item['bytes']} bytes{digest})"
+
+
+def _table(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _items(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _tensor_facts(tensors: Mapping[str, TensorSource]) -> dict[str, str | int | float | list[str]]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import rawmerge
-from rawmerge.output.manifest import MANIFEST_NAME, Manifest, manifest_problems, parse_manifest
+from rawmerge.cli import cli
+from rawmerge.output import manifest
+from rawmerge.output.manifest import MANIFEST_NAME, MAX_TOLD, Manifest, manifest_problems, parse_manifest
 from tests.builders import lora_pair, random_tensor, write_adapter, write_base
 
 Paths = tuple[Path, Path]
@@ -32,8 +37,11 @@ def write(folder: Path, names: list[str]) -> None:
 
 
 def manifest_of_shards(folder: Path) -> bytes:
-    shards = folder.glob("*.safetensors")
-    return b"".join(f"{hashlib.sha256(at.read_bytes()).hexdigest()}  {at.name}\n".encode() for at in shards)
+    return lines_of(folder, [at.name for at in folder.glob("*.safetensors")])
+
+
+def lines_of(folder: Path, names: list[str]) -> bytes:
+    return b"".join(f"{hashlib.sha256((folder / at).read_bytes()).hexdigest()}  {at}\n".encode() for at in names)
 
 
 def manifest_of(folder: Path) -> bytes:
@@ -51,7 +59,7 @@ def test_every_file_is_listed_as_sha256sum_would(tmp_path: Path) -> None:
     theirs = sha256sum(tmp_path, *ODD_NAMES).stdout
     assert sorted(raw.splitlines(keepends=True)) == sorted(theirs.splitlines(keepends=True))
     assert parse_manifest(theirs).keys() == set(ODD_NAMES)
-    assert list(manifest_problems(tmp_path, theirs)) == []
+    assert list(manifest_problems(tmp_path, parse_manifest(theirs))) == []
     (tmp_path / MANIFEST_NAME).write_bytes(raw)
     assert sha256sum(tmp_path, "-c", "--strict", MANIFEST_NAME).returncode == 0
     assert manifest_of(tmp_path) == raw  # it does not list itself
@@ -112,11 +120,19 @@ def test_a_verification_finds_what_was_changed_or_removed(tiny: Paths, tmp_path:
         b"0" * 64 + b"  a\0b",
     ],
 )
-def test_what_is_no_manifest_or_leads_out_of_the_folder_is_a_finding(tmp_path: Path, line: bytes) -> None:
-    write(tmp_path, ["a"])
-    (problem,) = manifest_problems(tmp_path, b"0" * 64 + b"  b\n" + line + b"\n")
-    assert (problem.subject, problem.found) == (MANIFEST_NAME, "line 2")
-    assert len(list(manifest_problems(tmp_path, b"0" * 64 + b"  a\n" + b"1" * 64 + b"  a\n"))) == 1
+def test_what_is_no_manifest_or_leads_out_of_the_folder_is_a_finding(tiny: Paths, tmp_path: Path, line: bytes) -> None:
+    with pytest.raises(ValueError, match="line 2"):
+        parse_manifest(b"0" * 64 + b"  b\n" + line + b"\n")
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output)
+    (output / MANIFEST_NAME).write_bytes(b"0" * 64 + b"  b\n" + line + b"\n")
+    (finding,) = rawmerge.verify_merge(output).findings
+    assert (finding.subject, finding.found) == (MANIFEST_NAME, "line 2")
+
+
+def test_a_name_twice_is_no_manifest() -> None:
+    with pytest.raises(ValueError, match="line 2"):
+        parse_manifest(b"0" * 64 + b"  a\n" + b"1" * 64 + b"  a\n")
 
 
 def test_a_pipe_in_a_manifest_is_not_waited_for(tiny: Paths, tmp_path: Path) -> None:
@@ -142,5 +158,80 @@ def test_a_manifest_that_lists_no_shard_is_a_finding(tiny: Paths, tmp_path: Path
 
 def test_one_file_that_is_none_does_not_hide_another(tmp_path: Path) -> None:
     write(tmp_path, ["a", "folder/b"])
-    lines = b"0" * 64 + b"  folder\n" + b"0" * 64 + b"  a\n"
-    assert [problem.subject for problem in manifest_problems(tmp_path, lines)] == [str(tmp_path / "folder"), "a"]
+    digests = {"folder": "0" * 64, "a": "0" * 64}
+    assert [problem.subject for problem in manifest_problems(tmp_path, digests)] == [str(tmp_path / "folder"), "a"]
+
+
+def test_of_a_hundred_thousand_lines_the_first_are_told_and_the_others_counted(tiny: Paths, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output)
+    bogus = b"".join(b"0" * 64 + b"  bogus%dx\n" % number for number in range(150_000))
+    changed = b"".join(b"1" * 64 + b"  %s\n" % at.name.encode() for at in output.iterdir())
+    (output / MANIFEST_NAME).write_bytes(bogus + changed)
+    tracemalloc.start()
+    try:
+        findings = rawmerge.verify_merge(output).findings
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    count = len(changed.splitlines())
+    assert len(findings) == 1 + MAX_TOLD + count
+    assert findings[0].subject == MANIFEST_NAME
+    assert findings[0].found == f"150000, of which the first {MAX_TOLD} are told"
+    assert peak < 8 * len(bogus)
+    told = CliRunner().invoke(cli, ["verify", str(output)])
+    assert "150000" in told.stdout
+    assert len(told.stdout.splitlines()) < 60
+    assert len(json.loads(CliRunner().invoke(cli, ["verify", str(output), "--json"]).stdout)["findings"]) == len(
+        findings
+    )
+
+
+def test_a_file_is_read_once_whatever_the_number_of_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, ["a"])
+    (tmp_path / "around").symlink_to(tmp_path)
+    names = ["around/" * depth + "a" for depth in range(30)]
+    read: list[Path] = []
+
+    def count(path: Path) -> str:
+        read.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(manifest, "file_digest", count)
+    digest = hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    assert list(manifest_problems(tmp_path, dict.fromkeys(names, digest))) == []
+    assert read == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize(
+    "name", ["other.safetensors", "consolidated.safetensors", "pytorch_model.bin", "merged-q4.gguf"]
+)
+def test_weights_that_a_manifest_does_not_list_are_a_finding_and_others_a_note(
+    tiny: Paths, tmp_path: Path, name: str
+) -> None:
+    base, output = tiny[0], tmp_path / "out"
+    (base / name).write_bytes(b"weights")
+    assert rawmerge.verify_merge(base).findings == ()
+    assert any(name in note for note in rawmerge.verify_merge(base).notes)
+    (base / MANIFEST_NAME).write_bytes(lines_of(base, [at.name for at in base.glob("model*.safetensors")]))
+    (finding,) = rawmerge.verify_merge(base).findings
+    assert (finding.subject, finding.found) == (name, "a file of weights that nothing lists")
+
+    (base / name).unlink()
+    rawmerge.merge_adapter(*tiny, output)
+    (output / name).write_bytes(b"weights")
+    for arguments in ((), tiny):
+        assert {finding.subject for finding in rawmerge.verify_merge(output, *arguments).findings} == {name}
+    (output / MANIFEST_NAME).write_bytes(manifest_of(output))  # whoever writes this means it
+    made = rawmerge.verify_merge(output, *tiny)
+    assert made.findings == ()
+    assert any(name in note for note in made.notes)
+
+
+def test_what_a_trainer_leaves_is_no_weights(tiny: Paths, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    rawmerge.merge_adapter(*tiny, output)
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "notes.md"):
+        (output / name).write_bytes(b"")
+    made = rawmerge.verify_merge(output)
+    assert (made.findings, len(made.notes)) == ((), 1)

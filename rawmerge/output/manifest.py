@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,8 @@ from rawmerge.inputs.tensor_source import open_regular_file
 
 MANIFEST_NAME: Final = "SHA256SUMS"
 MAX_MANIFEST_BYTES: Final = 16 * 2**20
+#: So many problems of one kind are told one by one.
+MAX_TOLD: Final = 20
 _LINE: Final = re.compile(rb"(?P<escape>\\?)(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>[^\n]+)")
 _ESCAPES: Final = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
 
@@ -82,41 +85,70 @@ def parse_manifest(raw: bytes) -> dict[str, str]:
     return digests
 
 
-def manifest_problems(folder: Path, raw: bytes, needed: Iterable[str] = ()) -> Iterator[Problem]:
-    """Yield each file that is missing, is no regular file, or has another digest than a manifest says.
+def manifest_problems(folder: Path, digests: Mapping[str, str], needed: Iterable[str] = ()) -> Iterator[Problem]:
+    """Yield each file that is missing, cannot be read, or has another digest than a manifest says.
+
+    Of each of these kinds the first `MAX_TOLD` are told, and before them how many there are: a stranger's manifest may
+    list a hundred thousand. A file is read once, whatever the number of its names.
 
     Args:
         folder: where the files lie.
-        raw: the manifest.
+        digests: what `parse_manifest` returned.
         needed: names that it must list.
-
-    Raises:
-        OSError: a file cannot be read.
     """
-    try:
-        digests = parse_manifest(raw)
-    except ValueError as error:
-        yield Problem(MANIFEST_NAME, "lines of a digest and a file's name in the folder, each once", str(error))
-        return
+    told = _ToldProblems()
     for name in needed:
         if name not in digests:
-            yield Problem(name, f"a file that {MANIFEST_NAME} lists", "one that it does not")
+            found = Problem(name, f"a file that {MANIFEST_NAME} lists", "one that it does not")
+            told.add("shards that it does not list", found)
+    known: dict[tuple[int, int], str] = {}
     for name, digest in digests.items():
         path = folder / name
         if not os.path.lexists(path):
-            yield Problem(name, f"a file that {MANIFEST_NAME} lists", "no such file")
+            absent = Problem(name, f"a file that {MANIFEST_NAME} lists", "no such file")
+            told.add("files that it lists and that are not there", absent)
         else:
-            yield from _digest_problems(path, name, digest)
+            _check_digest(path, name, digest, known, told)
+    yield from told
 
 
-def _digest_problems(path: Path, name: str, digest: str) -> Iterator[Problem]:
+class _ToldProblems:
+    """Problems by their kinds: the first of each, and how many there are."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, list[Problem]] = {}
+        self._counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Problem]:
+        for kind, count in self._counts.items():
+            if count > MAX_TOLD:
+                yield Problem(MANIFEST_NAME, f"no {kind}", f"{count}, of which the first {MAX_TOLD} are told")
+        for problems in self._first.values():
+            yield from problems
+
+    def add(self, kind: str, problem: Problem) -> None:
+        self._counts[kind] += 1
+        first = self._first.setdefault(kind, [])
+        if len(first) < MAX_TOLD:
+            first.append(problem)
+
+
+def _check_digest(path: Path, name: str, digest: str, known: dict[tuple[int, int], str], told: _ToldProblems) -> None:
     try:
-        found = file_digest(path)
+        status = path.stat()
+        identity = (status.st_dev, status.st_ino)
+        found = known.get(identity) or file_digest(path)
     except MissingFileError as error:
-        yield from error.problems
+        told.add("files that cannot be read", error.problems[0])
         return
+    except OSError as error:
+        problem = Problem(name, f"a file that {MANIFEST_NAME} lists", error.strerror or str(error))
+        told.add("files that cannot be read", problem)
+        return
+    known[identity] = found
     if found != digest:
-        yield Problem(name, f"SHA-256 {digest}, by {MANIFEST_NAME}", found, "it was changed, or damaged, since")
+        problem = Problem(name, f"SHA-256 {digest}, by {MANIFEST_NAME}", found, "it was changed, or damaged, since")
+        told.add("files with another checksum", problem)
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from rawmerge.dtypes import DTYPES
 from rawmerge.engine.page_edges import place_in
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
 from rawmerge.merge_plan import KeepTensor, ReplaceTensor, ShardPlan, Step
+from rawmerge.verifying.piece_sums import PieceSummers
 from rawmerge.verifying.tensor_tally import TensorTally
 
 #: Bytes that are read at a time.
@@ -42,17 +43,18 @@ class ComparedTensor:
 class ComparedShard:
     """Takes what a shard's file would take, and writes nothing; what differs is counted in `tallies`."""
 
-    def __init__(self, plan: ShardPlan, tensors: Mapping[str, TensorSource]) -> None:
+    def __init__(self, plan: ShardPlan, tensors: Mapping[str, TensorSource], summers: PieceSummers) -> None:
         """Find the shard's tensors.
 
         Args:
             plan: the shard that would be written.
             tensors: the checkpoint's, those of another dtype or shape left out.
+            summers: what adds up differences, of all shards.
         """
         self._files = OpenFiles()
         self._data_start = plan.data_start
         steps = (step for step in plan.steps if step.entry.name in tensors and step.entry.byte_count)
-        self._tensors = [_compared(step, plan.data_start, tensors[step.entry.name]) for step in steps]
+        self._tensors = [_compared(step, plan.data_start, tensors[step.entry.name], summers) for step in steps]
         self._starts = [tensor.start for tensor in self._tensors]
 
     @property
@@ -135,10 +137,10 @@ def is_changed(step: Step) -> bool:
     )
 
 
-def _compared(step: Step, data_start: int, found: TensorSource) -> ComparedTensor:
+def _compared(step: Step, data_start: int, found: TensorSource, summers: PieceSummers) -> ComparedTensor:
     entry = step.entry
     count = entry.byte_count * 8 // DTYPES[entry.dtype].bits
-    tally = TensorTally(entry.name, entry.dtype, count, is_updated=is_changed(step))
+    tally = TensorTally(entry.name, entry.dtype, count, is_updated=is_changed(step), summers=summers)
     return ComparedTensor(data_start + entry.start, data_start + entry.end, found, _base_of(step), tally)
 
 

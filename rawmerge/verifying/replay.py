@@ -18,6 +18,7 @@ from rawmerge.merge_plan import MergePlan
 from rawmerge.run_options import RunOptions
 from rawmerge.verifying.compared_shard import ComparedShard
 from rawmerge.verifying.findings import TensorDifference
+from rawmerge.verifying.piece_sums import PieceSummers
 
 
 def replay(
@@ -47,8 +48,9 @@ def replay(
         if name in entries and (found.dtype, found.shape) == (entries[name].dtype, entries[name].shape)
     }
     _forget({found.path for found in alike.values()})
-    shards = [ComparedShard(shard, alike) for shard in plan.shards]
-    engine = Engine(plan.options.compute_dtype, plan.tensor_bytes, options, budget=budget, paths=paths)
+    summers = PieceSummers()
+    shards = [ComparedShard(shard, alike, summers) for shard in plan.shards]
+    engine = Engine(plan.options.compute_dtype, plan.tensor_bytes, options, budget=budget, paths=paths, measures=False)
     engine.run(zip(plan.shards, shards, strict=True), report)
     return tuple(tally.difference() for shard in shards for tally in shard.tallies if tally.has_differences)
 

@@ -7,29 +7,18 @@ from __future__ import annotations
 
 import threading
 from math import inf, isfinite, sqrt
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from rawmerge.dtypes import DTYPES
 from rawmerge.verifying.findings import TensorDifference
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    _Array: TypeAlias = np.ndarray[Any, Any]
-
-#: Elements that are looked at at a time.
-_CHUNK: Final = 2**13
-#: Storage dtype to (bits of the significand with the hidden one, exponent of the smallest subnormal).
-_PRECISIONS: Final = {"F64": (53, -1074), "F32": (24, -149), "F16": (11, -24), "BF16": (8, -133)}
-#: One thread looks at differences at a time, so that their memory is that of one.
-_LOOKING: Final = threading.Lock()
-_NUMPY_NAMES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+from rawmerge.verifying.piece_sums import PIECE_ELEMENTS, PieceSummers, PieceSums
 
 
 class TensorTally:
     """The differences of one tensor; pieces may come from any thread."""
 
-    def __init__(self, name: str, dtype: str, element_count: int, *, is_updated: bool) -> None:
+    def __init__(
+        self, name: str, dtype: str, element_count: int, *, is_updated: bool, summers: PieceSummers | None = None
+    ) -> None:
         """Begin with no difference.
 
         Args:
@@ -37,6 +26,7 @@ class TensorTally:
             dtype: its storage dtype code.
             element_count: its elements.
             is_updated: whether the adapter changes it.
+            summers: those that all tensors share; one of its own where None.
         """
         self.name = name
         self._dtype = dtype
@@ -50,6 +40,8 @@ class TensorTally:
         self._counts = [0, 0, 0]
         self._equals_base = is_updated
         self._has_base = True
+        self._summers = summers or PieceSummers(1)
+        self._adding = threading.Lock()
 
     @property
     def has_differences(self) -> bool:
@@ -63,9 +55,12 @@ class TensorTally:
         """
         import numpy as np
 
-        with _LOOKING:
+        item = max(1, DTYPES[self._dtype].bits // 8)
+        with self._summers.one():  # as few threads as with sums
             different = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(found, np.uint8)) + offset
-            self._differing += len(np.unique(different // max(1, DTYPES[self._dtype].bits // 8)))
+            count = len(np.unique(different // item))
+        with self._adding:
+            self._differing += count
             self._max_ulps = inf if DTYPES[self._dtype].is_mergeable else self._max_ulps  # not measured
             self._equals_base = False
 
@@ -78,40 +73,23 @@ class TensorTally:
             base: the base's elements at the same place; None where there are none.
             base_dtype: their storage dtype code.
         """
-        import numpy as np
-
         item, base_item = DTYPES[self._dtype].bits // 8, DTYPES[base_dtype].bits // 8
-        for start in range(0, len(expected) // item, _CHUNK):
-            place = slice(start * item, (start + _CHUNK) * item)
-            left, right = (np.frombuffer(part[place], f"<u{item}") for part in (expected, found))
-            values = [_values(part[place], self._dtype) for part in (expected, found)]
-            before = None
-            if base is not None:
-                before = _values(base[start * base_item : (start + _CHUNK) * base_item], base_dtype)
-            with _LOOKING, np.errstate(all="ignore"):
-                self._add_chunk(left != right, values[0], values[1], before)
+        for start in range(0, len(expected) // item, PIECE_ELEMENTS):
+            end = start + PIECE_ELEMENTS
+            place = slice(start * item, end * item)
+            before = None if base is None else base[start * base_item : end * base_item]
+            with self._summers.one() as summer:
+                sums = summer.sum(expected[place], found[place], self._dtype, before, base_dtype)
+            self._add(sums, has_base=base is not None)
 
-    def _add_chunk(self, differs: _Array, expected: _Array, found: _Array, base: _Array | None) -> None:
-        import numpy as np
-
-        largest = np.abs(expected) if base is None else np.maximum(np.abs(expected), np.abs(base))
-        places = _last_place(largest, self._dtype)
-        distance = np.abs(found - expected) / places
-        worst = float(np.nan_to_num(distance[differs], nan=inf).max(initial=0.0))
-        products, counts = [0.0, 0.0, 0.0, 0.0], [0, 0, 0]
-        if base is not None:
-            wanted, wrong = expected - base, found - expected
-            pairs = ((wanted, wanted), (wanted, found - base), (wrong, wrong), (places, places))
-            products = [float(left @ right) for left, right in pairs]
-            direction = wrong * wanted
-            counted = (direction > 0, direction < 0, differs & (found == base))
-            counts = [int(np.count_nonzero(which)) for which in counted]
-        self._differing += int(differs.sum())
-        self._max_ulps = max(self._max_ulps, worst)
-        self._products = [total + more for total, more in zip(self._products, products, strict=True)]
-        self._counts = [total + more for total, more in zip(self._counts, counts, strict=True)]
-        self._has_base = self._has_base and base is not None
-        self._equals_base = self._equals_base and base is not None and not np.any(found != base)
+    def _add(self, sums: PieceSums, *, has_base: bool) -> None:
+        with self._adding:
+            self._differing += sums.differing
+            self._max_ulps = max(self._max_ulps, sums.max_ulps)
+            self._products = [total + more for total, more in zip(self._products, sums.products, strict=True)]
+            self._counts = [total + more for total, more in zip(self._counts, sums.counts, strict=True)]
+            self._has_base = self._has_base and has_base
+            self._equals_base = self._equals_base and sums.equals_base
 
     def difference(self) -> TensorDifference:
         """Return what was counted."""
@@ -134,22 +112,3 @@ class TensorTally:
             bare / max(1, self._differing),
             self._equals_base and self._has_base and self.has_differences,
         )
-
-
-def _values(raw: memoryview, dtype: str) -> _Array:
-    """Return elements as float64, exactly."""
-    import numpy as np
-
-    if dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(raw, _NUMPY_NAMES[dtype]).astype(np.float64)
-
-
-def _last_place(magnitudes: _Array, dtype: str) -> _Array:
-    """Return the unit in the last place of each magnitude."""
-    import numpy as np
-
-    bits, smallest = _PRECISIONS[dtype]
-    _, exponents = np.frexp(magnitudes)
-    places: _Array = np.ldexp(1.0, np.maximum(exponents - bits, smallest))
-    return places

@@ -1,0 +1,68 @@
+"""The merge record of an output that is verified: what it says, and how the output is to be replayed by it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from rawmerge.errors import Problem
+from rawmerge.inputs.identity import RECORD_NAME, read_record
+from rawmerge.merge_options import CHOICES, MergeOptions
+
+#: Fields of `MergeOptions` by the record's names for them, and what the record calls an empty one.
+_RECORDED: Final = {
+    "compute_dtype": ("compute_dtype", "float32"),
+    "dtype": ("output_dtype", "as stored"),
+    "vocab": ("vocab", "as stored"),
+    "tokenizer": ("tokenizer", "base"),
+    "moe_lora_b_layout": ("moe_lora_b_layout", "as marked"),
+}
+
+
+class MergeRecord:
+    """The merge record of an output.
+
+    Attributes:
+        exists: whether there is one, so that the output is rawmerge's.
+        fields: what it says; empty where it cannot be read.
+        problems: why it cannot be read, and choices that there are not.
+    """
+
+    def __init__(self, output: Path) -> None:
+        """Read the record of an output, which is a directory or a file in one."""
+        folder = output if output.is_dir() else output.parent
+        found = read_record(folder)
+        self.exists = os.path.lexists(folder / RECORD_NAME)
+        self.fields: Mapping[str, Any] = found.fields
+        self.problems: list[Problem] = []
+        self._options: dict[str, str] = {}
+        if self.exists and not found.fields:
+            self.problems.append(Problem(RECORD_NAME, "a merge record", found.note or "one that says nothing"))
+        stated = found.fields.get("options")
+        for name, (field, empty) in _RECORDED.items():
+            self._take(field, name, stated.get(name, empty) if isinstance(stated, dict) else empty, empty)
+
+    def options(self, given: Mapping[str, str | None]) -> MergeOptions:
+        """Return the choices by which the output is replayed: those given, else the record's, else the usual ones.
+
+        A wrong base must not keep the replay from being made: it is what a verification is to find.
+        """
+        stated = {name: value for name, value in given.items() if value is not None}
+        return MergeOptions(**{**self._options, **stated}, force=True)
+
+    def notes(self) -> Iterator[str]:
+        """Yield why a replay may differ from an output that is right."""
+        options = self.fields.get("options")
+        device = options.get("device") if isinstance(options, dict) else None
+        if isinstance(device, str) and device != "cpu":
+            yield f"by its {RECORD_NAME} it was computed on {ascii(device)[:40]}, where last bits may be others"
+
+    def _take(self, field: str, name: str, value: object, empty: str) -> None:
+        if value == empty:
+            return
+        if isinstance(value, str) and value in CHOICES[field]:
+            self._options[field] = value
+        else:
+            self.problems.append(Problem(f"{RECORD_NAME}: {name}", f"one of {CHOICES[field]}", ascii(value)[:80]))
