@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rawmerge.engine.jobs import Progress
     from rawmerge.errors import MergeError, Problem, RawmergeError, RefusedError, VerificationError
     from rawmerge.inspection import Inspection
+    from rawmerge.leftovers import clean_output
     from rawmerge.merge_plan import MergePlan
     from rawmerge.plan_json import format_plan, parse_plan
     from rawmerge.run import MergeSummary, run_plan
@@ -36,6 +37,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "__version__",
+    "clean_output",
     "format_plan",
     "inspect_path",
     "merge_adapter",
@@ -56,6 +58,7 @@ _HOMES = {
     "RefusedError": "errors",
     "Verification": "verifying.findings",
     "VerificationError": "errors",
+    "clean_output": "leftovers",
     "format_plan": "plan_json",
     "inspect_path": "api",
     "merge_adapter": "api",

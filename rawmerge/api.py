@@ -181,12 +181,13 @@ def merge_adapter(
             with `consume_base`: then the same call goes on.
         choices: how the plan is carried out, none of which changes a bit on the CPU: `overwrite: bool`,
             `threads: int | None`, `max_memory: int | None` in bytes, `device: str` (`cpu`, `cuda`, `cuda:1`, `mps`),
-            `link: bool`, `consume_base: bool`, `reuse: bool`, `verify: bool`, `checksum: bool`,
+            `link: bool`, `consume_base: bool`, `reuse: bool`, `resume: bool`, `verify: bool`, `checksum: bool`,
             `without: Collection[str]`; see `RunOptions`.
 
     Raises:
         RefusedError: nothing was written; reasons in `.problems`.
-        MergeError: writing failed; nothing was published and nothing is left.
+        MergeError: writing failed; nothing was published. Where the system failed it, finished shards are kept, as its
+            notes say, and the same call goes on from them, unless `resume` is off.
         ValueError: an option is none of its choices.
     """
     options = merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
@@ -232,7 +233,7 @@ def verify_merge(
         RefusedError: base and adapter allow no merge. MergeError: the merge cannot be computed, or a file cannot be
             read. ValueError: an option is none of its choices, or one of base and adapter is missing.
     """
-    from rawmerge.verifying.verification import options_to_verify, verify_against, verify_alone  # no merge needs it
+    from rawmerge.verifying.verification import OutputVerifier  # no merge needs it
 
     if (base is None) != (adapter is None):
         raise ValueError("base and adapter go together")
@@ -241,12 +242,13 @@ def verify_merge(
     at = Path(output).expanduser()
     given = {"compute_dtype": compute_dtype, "output_dtype": dtype, "vocab": vocab, "tokenizer": tokenizer}
     with _read_errors_refused(at):
+        verifier = OutputVerifier(at)
         if base is None or adapter is None:
-            return verify_alone(at)
-        options = options_to_verify(at, {**given, "moe_lora_b_layout": moe_lora_b_layout})
+            return verifier.alone()
+        options = verifier.options({**given, "moe_lora_b_layout": moe_lora_b_layout})
     plan = _plan(base, adapter, options)
     try:
-        return verify_against(at, plan, RunOptions(**choices), tolerance=tolerance, report=progress)
+        return verifier.against(plan, RunOptions(**choices), tolerance=tolerance, report=progress)
     except OSError as error:
         if isinstance(error, RawmergeError):
             raise

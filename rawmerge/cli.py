@@ -8,14 +8,14 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 import rawmerge
+from rawmerge.command_group import Commands, say, say_path, told_if_published
 from rawmerge.command_options import (
     ADAPTER,
     BASE,
@@ -28,80 +28,14 @@ from rawmerge.command_options import (
     plan_options,
     replay_options,
 )
-from rawmerge.errors import RawmergeError, VerificationError
-from rawmerge.output.staging_directory import PUBLISHED_NOTE
+from rawmerge.errors import VerificationError, printable
 from rawmerge.progress_bar import progress_bar
 from rawmerge.run_options import RunChoices, RunOptions
-from rawmerge.signals import Ended
 
 REFUSED = 3
-INTERRUPTED = 130
 
 
-class _Commands(click.Group):
-    """Turns every error of ours into its text and exit code, whichever command it came from."""
-
-    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
-        """Read the command line."""
-        try:
-            return super().make_context(*arguments, **options)
-        except KeyboardInterrupt as error:  # click would make it an error of ours
-            sys.exit(_tell_interruption(error))
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except RawmergeError as error:
-            _tell_error(error, as_json=bool(ctx.meta.get("rawmerge.json")))
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt as error:
-            ctx.exit(_tell_interruption(error))
-
-
-def _tell_interruption(error: KeyboardInterrupt) -> int:
-    state = ", ".join(getattr(error, "__notes__", ())) or "nothing was published"
-    _say(f"rawmerge: interrupted; {state}", err=True)
-    return error.exit_code if isinstance(error, Ended) else INTERRUPTED
-
-
-@contextmanager
-def _told_if_published(output: Path) -> Iterator[None]:
-    """Let an interruption know that the output is there, whenever it came: another directory has its name then."""
-    before = _identity(output)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if not hasattr(error, "__notes__") and _identity(output) not in (before, None):
-            error.add_note(PUBLISHED_NOTE)
-        raise
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _tell_error(error: RawmergeError, *, as_json: bool) -> None:
-    from rawmerge.report import error_json, error_text
-
-    _say(error_json(error) if as_json else f"rawmerge: {error_text(error)}", err=not as_json)
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Print a line; a stream that is closed or full does not undo what was done."""
-    stream = sys.stderr if err else sys.stdout
-    try:
-        click.echo(text, file=stream)
-    except OSError:
-        # what the stream still holds would fail again when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rawmerge.__version__, prog_name="rawmerge")
 def cli() -> None:
     """Fold PEFT adapters into base checkpoints, shard by shard.
@@ -129,6 +63,7 @@ def cli() -> None:
     help="Delete each shard of BASE once its successor is written; the same command goes on after a crash.",
 )
 @click.option("--no-reuse", is_flag=True, help="With --overwrite: make shards anew that would come out as they are.")
+@click.option("--no-resume", is_flag=True, help="Start anew what was cut off, and keep nothing for a next time.")
 @click.option("--checksum", is_flag=True, help="Write SHA256SUMS, for `sha256sum -c`.")
 @click.option("--verify", is_flag=True, help="Read the output back and compute it again, before it is published.")
 @WITHOUT
@@ -145,6 +80,7 @@ def merge(
     link: bool,
     consume_base: bool,
     no_reuse: bool,
+    no_resume: bool,
     checksum: bool,
     verify: bool,
     without: tuple[str, ...],
@@ -157,32 +93,33 @@ def merge(
     Prints the directory, or with --json a summary.
     """
     from rawmerge.api import merge_options, plan_for_output
-    from rawmerge.report import left_out_lines, plan_json, plan_text, summary_json, summary_text
+    from rawmerge.report import left_out_lines, plan_json, plan_text
     from rawmerge.run import check_run
+    from rawmerge.summary_report import summary_json, summary_text
 
     if no_reuse and not overwrite:
         raise click.UsageError("--no-reuse goes with --overwrite: without an output there is nothing to reuse.")
     choices: RunChoices = {"overwrite": overwrite, "threads": threads, "max_memory": max_memory, "without": without}
     choices |= {"device": device, "link": link, "consume_base": consume_base, "reuse": not no_reuse}
-    choices |= {"verify": verify, "checksum": checksum}
+    choices |= {"resume": not no_resume, "verify": verify, "checksum": checksum}
     plan = plan_for_output(base, adapter, output, merge_options(**options), consumes=consume_base)
     if dry_run:
         for note in check_run(plan, output, **choices):
-            _say(f"note: {note}", err=True)
+            say(printable(f"note: {note}"), err=True)
         run_options = RunOptions(**choices)
-        _say(plan_json(plan, run_options) if as_json else plan_text(plan, run_options))
+        say(plan_json(plan, run_options) if as_json else plan_text(plan, run_options))
         return
-    for line in (*(f"note: {note}" for note in plan.notes), *left_out_lines(plan)):
-        _say(line, err=True)
+    for line in (*(printable(f"note: {note}") for note in plan.notes), *left_out_lines(plan)):
+        say(line, err=True)
     gc.freeze()  # what the start made stays
     gc.enable()
-    with _told_if_published(output):
+    with told_if_published(output):
         with progress_bar(plan.tensor_bytes) as progress:
             summary = rawmerge.run_plan(plan, output, progress=progress, **choices)
         for note in summary.notes[len(plan.notes) :]:
-            _say(f"note: {note}", err=True)
-        _say(summary_text(summary), err=True)
-        _say(summary_json(summary) if as_json else summary.output)
+            say(printable(f"note: {note}"), err=True)
+        say(summary_text(summary), err=True)
+        say(summary_json(summary)) if as_json else say_path(summary.output)
 
 
 @cli.command()
@@ -214,7 +151,7 @@ def plan(
     choices = RunOptions(threads=threads, max_memory=max_memory, without=without)
     if max_memory is not None:
         choose_budget(made, choices)
-    _say(plan_json(made, choices) if as_json else plan_text(made, choices))
+    say(plan_json(made, choices) if as_json else plan_text(made, choices))
 
 
 @cli.command()
@@ -225,7 +162,7 @@ def inspect(path: str, as_json: bool) -> None:
     from rawmerge.report import inspection_json, inspection_text
 
     found = rawmerge.inspect_path(path)
-    _say(inspection_json(found) if as_json else inspection_text(found))
+    say(inspection_json(found) if as_json else inspection_text(found))
     click.get_current_context().exit(REFUSED if found.problems else 0)
 
 
@@ -243,7 +180,7 @@ def verify(output: Path, base: str | None, adapter: str | None, as_json: bool, *
     """Tell whether OUTPUT is what base and adapter give, bit for bit; exit code 5 with what differs.
 
     OUTPUT may be made by any program, and be cut into shards otherwise. Without --base and --adapter its headers,
-    index and record are compared with each other, and files with their checksums where there is a SHA256SUMS.
+    index, config and record are compared with each other, and files with their checksums where it has a SHA256SUMS.
     """
     from rawmerge.report import verification_json, verification_text
 
@@ -252,8 +189,22 @@ def verify(output: Path, base: str | None, adapter: str | None, as_json: bool, *
     gc.enable()
     with progress_bar(0) as progress:
         made = rawmerge.verify_merge(output, base, adapter, progress=progress, **options)
-    _say(verification_json(made) if as_json else verification_text(made))
+    say(verification_json(made) if as_json else verification_text(made))
     click.get_current_context().exit(VerificationError.exit_code if made.findings else 0)
+
+
+@cli.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@JSON
+def clean(output: Path, as_json: bool) -> None:
+    """Remove what merges to OUTPUT that were cut off have left beside it; OUTPUT itself is not touched.
+
+    Refused where it is the only copy of something, or where a merge is at work.
+    """
+    from rawmerge.report import leftovers_json, leftovers_text
+
+    removed = rawmerge.clean_output(output)
+    say(leftovers_json(removed) if as_json else leftovers_text(removed))
 
 
 @cli.command()
@@ -270,10 +221,10 @@ def demo(directory: Path | None, as_json: bool) -> None:
     from rawmerge.demo import free_directory, run_demo
 
     def tell(line: str) -> None:
-        _say(line, err=True)
+        say(printable(line), err=True)
 
     result = run_demo(directory or free_directory(Path("rawmerge-demo")), tell)
-    _say(json.dumps(result) if as_json else result["output"])
+    say(json.dumps(result)) if as_json else say_path(result["output"])
 
 
 def main() -> NoReturn:

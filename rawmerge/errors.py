@@ -38,6 +38,11 @@ def quote(name: object) -> str:
     return text if len(text) <= MAX_QUOTED_LENGTH else f"{text[: MAX_QUOTED_LENGTH - 4]}...'"
 
 
+def printable(line: str) -> str:
+    """Escape in a line what a stranger's names may do to a terminal: controls, line ends, turns of direction."""
+    return line if line.isprintable() else "".join(at if at.isprintable() else ascii(at)[1:-1] for at in line)
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One reason for a refusal.
@@ -55,8 +60,9 @@ class Problem:
     hint: str = ""
 
     def __str__(self) -> str:
-        line = f"{quote(self.subject)}: expected {self.expected}, found {self.found}"
-        return f"{line}\n    hint: {self.hint}" if self.hint else line
+        # names are quoted where they are told; what is not must not reach a terminal either, nor look like a new line
+        line = printable(f"{quote(self.subject)}: expected {self.expected}, found {self.found}")
+        return f"{line}\n    hint: {printable(self.hint)}" if self.hint else line
 
 
 class RawmergeError(Exception):

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from math import prod
 from types import UnionType
 from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 
-from rawmerge.errors import PlanError, Problem
-from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
-from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, UpdateTensor
+from rawmerge.dtypes import DTYPES
+from rawmerge.errors import PlanError, Problem, ShardFormatError, quote
+from rawmerge.formats.shard_header import MAX_RANK, parse_shard_header
+from rawmerge.formats.strict_json import parse_json_object
+from rawmerge.inputs.tensor_source import TensorSource
+from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, UpdateTensor
 
 FORMAT: Final = "rawmerge-plan-1"
+_AGAIN: Final = "make the plan again"
 _STEP_KEY: Final = "step"
 _STEPS: Final = {"keep": KeepTensor, "update": UpdateTensor, "replace": ReplaceTensor}
 _STEP_NAMES: Final = {step: name for name, step in _STEPS.items()}
@@ -27,25 +32,75 @@ def format_plan(plan: MergePlan, *, memory: Mapping[str, Any] | None = None) -> 
         memory: what it is predicted to take on this machine, told in a `memory` field; no part of the plan.
     """
     told = {"memory": memory} if memory is not None else {}
-    return json.dumps({"format": FORMAT, **told, **_encode(plan)}, ensure_ascii=False)
+    return json.dumps({"format": FORMAT, **told, **_encode(plan)})
 
 
 def parse_plan(text: str) -> MergePlan:
     """Return the plan that `format_plan` wrote.
 
     Raises:
-        PlanError: not a plan of this version.
+        PlanError: not a plan of this version, or one that contradicts itself.
     """
     try:
         document = parse_json_object(text.encode())
         stated = document.pop("format", None)
         document.pop("memory", None)
         decoded: MergePlan = _decode(MergePlan, document)
-    except (StrictJsonError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # half of a surrogate pair is a ValueError
         raise PlanError(Problem("plan", f"a plan in the format {FORMAT}", str(error)[:200])) from error
     if stated != FORMAT:
-        raise PlanError(Problem("plan", f"the format {FORMAT}", ascii(stated)[:80], "make the plan again"))
+        raise PlanError(Problem("plan", f"the format {FORMAT}", ascii(stated)[:80], _AGAIN))
+    for shard in decoded.shards:
+        _check_shard(shard)
     return decoded
+
+
+def _check_shard(shard: ShardPlan) -> None:
+    """Refuse a shard, which may come from a stranger's file, whose header and steps say different things.
+
+    Raises:
+        PlanError: as `parse_plan`.
+    """
+    try:
+        header = parse_shard_header(shard.header_text.encode(), shard.byte_count - shard.data_start, shard.name)
+    except ShardFormatError as error:
+        raise PlanError(*error.problems) from error
+    entries = sorted((step.entry for step in shard.steps), key=lambda entry: entry.name)
+    if entries != sorted(header.entries, key=lambda entry: entry.name):
+        raise PlanError(Problem(shard.name, "a step for each tensor of its header", "other steps", _AGAIN))
+    if problems := [problem for step in shard.steps for problem in _step_problems(step)]:
+        raise PlanError(*problems)
+
+
+def _step_problems(step: Step) -> Iterator[Problem]:
+    for source in _sources(step):
+        if not _is_whole(source):
+            found = f"{source.byte_count} bytes at {source.offset} for {quote(source.dtype)} {source.shape}"
+            yield Problem(step.entry.name, "tensors as large as their shapes", found[:200], _AGAIN)
+    if isinstance(step, UpdateTensor) and step.base_dtype not in DTYPES:
+        yield Problem(step.entry.name, "a dtype of safetensors", quote(step.base_dtype), _AGAIN)
+    own = (step.entry.dtype, step.entry.shape)
+    if isinstance(step, KeepTensor) and (step.source.dtype, step.source.shape) != own:
+        yield Problem(step.entry.name, "bytes to keep of its own dtype and shape", "others", _AGAIN)
+
+
+def _sources(step: Step) -> Iterator[TensorSource]:
+    """Yield all tensors that a step reads."""
+    yield step.source
+    if isinstance(step, ReplaceTensor) and step.base:
+        yield step.base
+    if isinstance(step, UpdateTensor):
+        yield from (source for update in step.updates for source in update.tensors.values())
+        if step.overlay:
+            yield step.overlay
+
+
+def _is_whole(source: TensorSource) -> bool:
+    if source.dtype not in DTYPES or source.offset < 0 or len(source.shape) > MAX_RANK:
+        return False
+    if not all(0 <= size < 2**63 for size in source.shape):
+        return False
+    return source.byte_count == DTYPES[source.dtype].byte_count(prod(source.shape))
 
 
 def _encode(value: Any) -> Any:
@@ -85,7 +140,7 @@ def _alternative(kinds: tuple[Any, ...], value: Any) -> Any:
 
 
 def _checked(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
     return value
 

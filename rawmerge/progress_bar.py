@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rawmerge.engine.jobs import Progress
+from rawmerge.errors import printable
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def progress_bar(total_bytes: int) -> Iterator[Callable[[Progress], None] | None
 
         def show(progress: Progress) -> None:
             bar.total = progress.total_bytes
-            bar.set_description_str(progress.tensor_name[-48:], refresh=False)
+            bar.set_description_str(printable(progress.tensor_name[-48:]), refresh=False)
             bar.update(progress.done_bytes - bar.n)
 
         yield show

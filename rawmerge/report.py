@@ -6,21 +6,21 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 from typing import Any, Final
 
 from rawmerge.byte_sizes import format_bytes
-from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError, quote
+from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError, VerificationError, printable, quote
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inspection import Inspection
+from rawmerge.leftovers import Leftover
 from rawmerge.memory.budget import choose_budget
 from rawmerge.memory.forecast import describe_reach
 from rawmerge.merge_plan import AdapterUse, KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
 from rawmerge.methods.interface import WHOLE
 from rawmerge.output.outcome import count_steps
 from rawmerge.plan_json import format_plan
-from rawmerge.run import MergeSummary
 from rawmerge.run_options import RunOptions
 from rawmerge.verifying.findings import Verification
 
@@ -42,12 +42,12 @@ def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
         *(f"  {line}" for line in _changed_lines(plan.steps())),
         f"memory    {_memory_text(plan, options or RunOptions())}",
         f"output    {format_bytes(plan.byte_count)} in {len(plan.shards)} shard{'s'[: len(plan.shards) != 1]}",
-        f"written   {_names([*(file.name for file in plan.written_files), RECORD_NAME])}",
-        f"copied    {_names(file.name for file in plan.side_files)}",
+        f"written   {some_names([*(file.name for file in plan.written_files), RECORD_NAME])}",
+        f"copied    {some_names(file.name for file in plan.side_files)}",
         *left_out_lines(plan),
         *(f"note      {note}" for note in plan.notes),
     ]
-    return "\n".join(map(_printable, lines))
+    return "\n".join(map(printable, lines))
 
 
 def plan_json(plan: MergePlan, options: RunOptions | None = None) -> str:
@@ -67,52 +67,35 @@ def account_lines(uses: Iterable[AdapterUse]) -> list[str]:
     ]
 
 
-def summary_text(summary: MergeSummary) -> str:
-    """Return what a merge did, in lines for people."""
-    done = ", ".join(f"{count} {what}" for what, count in summary.counts.items() if count)
-    shards = {"linked": summary.linked, "reused": summary.reused, "deleted from the base": summary.consumed}
-    ways = "".join(f", {count} shard{'s'[: count != 1]} {what}" for what, count in shards.items() if count)
-    verified = "; read back and verified" if summary.verified else ""
-    lines = [f"{done}{ways}; {_speed_text(summary)}{verified}"]
-    if peaks := [
-        f"{format_bytes(count)} {what}"
-        for count, what in ((summary.measured_peak_bytes, "at the peak"), (summary.predicted_peak_bytes, "predicted"))
-        if count is not None
-    ]:
-        lines.append(f"memory {', '.join(peaks)}")
-    if summary.unchanged:
-        lines.append(
-            f"{len(summary.unchanged)} updated tensors equal the base: their delta is smaller than the rounding "
-            f"({_names(summary.unchanged)}); --dtype float32 keeps it"
-        )
-    return "\n".join(map(_printable, lines))
-
-
-def _speed_text(summary: MergeSummary) -> str:
-    """Return what was written how fast; what was there already counts for nothing."""
-    rate = format_bytes(int(summary.written_bytes / max(summary.seconds, 1e-9)))
-    written, total = format_bytes(summary.written_bytes), format_bytes(summary.byte_count)
-    if summary.written_bytes == summary.byte_count:
-        return f"{total} in {summary.seconds:.1f} s ({rate}/s)"
-    return f"{written} of {total} written, the rest was there, in {summary.seconds:.1f} s ({rate}/s)"
-
-
 def inspection_text(inspection: Inspection) -> str:
     """Return what a path holds, in lines for people."""
     lines = [f"{inspection.kind}  {inspection.path}"]
     for name, value in inspection.facts.items():
-        shown = _names(value) if isinstance(value, list) else value
+        shown = some_names(value) if isinstance(value, list) else value
         lines.append(f"  {name:<24} {format_bytes(int(value)) if name == 'bytes' else shown}")  # type: ignore[arg-type]
     verdict = "cannot be merged" if inspection.problems else "can be merged, as far as it alone tells"
-    lines = [*map(_printable, lines), f"  {'verdict':<24} {verdict}"]
+    lines = [*map(printable, lines), f"  {'verdict':<24} {verdict}"]
     return "\n".join([*lines, *(f"    {problem}" for problem in inspection.problems)])
+
+
+def leftovers_text(removed: Sequence[Leftover]) -> str:
+    """Return what was removed of merges that were cut off, in lines for people."""
+    lines = [f"removed {item.path} ({format_bytes(item.byte_count)})" for item in removed]
+    return "\n".join(map(printable, lines or ["nothing was left"]))
+
+
+def leftovers_json(removed: Sequence[Leftover]) -> str:
+    """Return the same as a JSON object: `removed`, each with `path` and `byte_count`."""
+    return json.dumps({"removed": [dataclasses.asdict(item) for item in removed]}, indent=2)
 
 
 def error_text(error: RawmergeError) -> str:
     """Return an error for people: problems that differ in layer numbers only are told once, long lists are cut."""
-    notes = [f"    {note}" for note in getattr(error, "__notes__", ())]
+    notes = [f"    {printable(note)}" for note in getattr(error, "__notes__", ())]
+    if isinstance(error, VerificationError):
+        return "\n".join([printable(str(error.args[0])), *_problem_lines(error.problems), *notes])
     if not isinstance(error, RefusedError) or len(error.problems) <= 1:
-        return "\n".join([str(error), *notes])
+        return "\n".join([*map(printable, str(error).split("\n")), *notes])
     return "\n".join([f"{len(error.problems)} problems", *_problem_lines(error.problems), *notes])
 
 
@@ -130,12 +113,7 @@ def _problem_lines(problems: Iterable[Problem]) -> Iterator[str]:
 
 def left_out_lines(plan: MergePlan) -> list[str]:
     """Return one line for each file of the base that the output does not have."""
-    return [_printable(f"left out  {item.name}: {item.reason}") for item in plan.left_out]
-
-
-def summary_json(summary: MergeSummary) -> str:
-    """Return a summary as one JSON object."""
-    return json.dumps(dataclasses.asdict(summary))
+    return [printable(f"left out  {item.name}: {item.reason}") for item in plan.left_out]
 
 
 def verification_text(made: Verification) -> str:
@@ -145,7 +123,7 @@ def verification_text(made: Verification) -> str:
         lines = [f"{quote(made.output)}: {len(made.findings)} finding{'s'[: len(made.findings) != 1]} in {elements}"]
         lines += _problem_lines(made.findings)
     elif not made.replayed:
-        lines = [f"{elements}: nothing in its headers, index and record contradicts the rest"]
+        lines = [f"{elements}: nothing in its headers, index, config and record contradicts the rest"]
     elif made.differences:
         worst = max(item.max_ulps for item in made.differences)
         count = sum(item.differing for item in made.differences)
@@ -153,7 +131,7 @@ def verification_text(made: Verification) -> str:
         lines = [f"{elements}: what base and adapter give, within the tolerance: {within}"]
     else:
         lines = [f"{elements}: what base and adapter give, bit for bit"]
-    return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])
+    return "\n".join([*lines, *(printable(f"note: {note}") for note in made.notes)])
 
 
 def verification_json(made: Verification) -> str:
@@ -248,7 +226,7 @@ def _memory_text(plan: MergePlan, options: RunOptions) -> str:
     except MemoryLimitError as error:
         return f"cannot be merged here: {error.problems[0]}".partition("\n")[0]
     whole = [name for name, reach, _ in forecast.whole if reach == WHOLE]
-    needs = f"; {len(whole)} tensors whole in memory, {_names(whole[:1])} needs most" if whole else ""
+    needs = f"; {len(whole)} tensors whole in memory, {some_names(whole[:1])} needs most" if whole else ""
     torch = f", of it {format_bytes(forecast.torch)} torch" if forecast.torch else ", without torch"
     once = ", imported this once to learn how it sums" if forecast.torch and forecast.is_first else ""
     return f"about {format_bytes(forecast.peak)} at the peak{torch}{once}{needs}"
@@ -264,12 +242,8 @@ def _memory_fields(plan: MergePlan, options: RunOptions) -> dict[str, Any]:
     return {"peak_bytes": forecast.peak, "torch_bytes": forecast.torch, "threads": budget.threads, "whole": whole}
 
 
-def _printable(line: str) -> str:
-    """Escape what a stranger's names may do to a terminal."""
-    return line if line.isprintable() else ascii(line)[1:-1]
-
-
-def _names(names: Iterable[str]) -> str:
+def some_names(names: Iterable[str]) -> str:
+    """Return names as a list for people, long ones cut with a count."""
     listed = list(names)
     more = f" and {len(listed) - _MAX_NAMES} more" if len(listed) > _MAX_NAMES else ""
     return (", ".join(listed[:_MAX_NAMES]) or "none") + more

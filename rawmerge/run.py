@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Final, Unpack
 
 from rawmerge.computing.step_paths import StepPaths
+from rawmerge.computing.survival import Survival
 from rawmerge.consuming.consuming_run import check_consuming, consume_base, was_published
 from rawmerge.consuming.unfinished import unfinished_folder
 from rawmerge.engine.jobs import ProgressCallback
@@ -22,17 +23,20 @@ from rawmerge.memory.lack import lack_text, ran_out
 from rawmerge.memory.process_peak import start_meter
 from rawmerge.merge_plan import MergePlan, UpdateTensor
 from rawmerge.methods import METHODS
+from rawmerge.output.finished_shards import finished_lines
 from rawmerge.output.linking import check_links
 from rawmerge.output.outcome import Written, count_steps
 from rawmerge.output.output_directory import check_output, check_space, nearest_folder
 from rawmerge.output.shard_origins import ShardOrigins, find_origins
-from rawmerge.output.staging_directory import PUBLISHED_NOTE
+from rawmerge.output.staging_directory import PUBLISHED_NOTE, reclaimed_bytes
 from rawmerge.plain_run import write_output
 from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.run_request import RunRequest
 
 if TYPE_CHECKING:
     from rawmerge.computing.devices import Device
+
+_BLOCK_BYTES: Final = 4096  # the end of a file takes no less
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class MergeSummary:
         output: the published directory.
         counts: tensors by what became of them: `kept`, `updated`, `cast`, `replaced`, `added`.
         unchanged: updated tensors of which no element changed: the delta is smaller than the rounding.
+        survivals: what rounding left of the delta of each updated tensor, by its name.
         byte_count: bytes of the output.
         written_bytes: of it, those that this run wrote: all but the shards that it linked, reused, or found finished.
         seconds: wall time of the run.
@@ -50,6 +55,7 @@ class MergeSummary:
         verified: whether the output was read back and compared with a second computation before it was published.
         linked: shards that are links to the base's (`link`).
         reused: shards taken from the output that was replaced, made by an earlier merge from the same inputs.
+        resumed: shards that a merge that was cut off had finished.
         consumed: base shards that were deleted (`consume_base`).
         predicted_peak_bytes: the process's peak resident memory as it was predicted for the whole merge; None where a
             device computes, and where this run did not do the whole merge.
@@ -60,6 +66,7 @@ class MergeSummary:
     output: str
     counts: dict[str, int]
     unchanged: tuple[str, ...]
+    survivals: Mapping[str, Survival]
     byte_count: int
     written_bytes: int
     seconds: float
@@ -67,6 +74,7 @@ class MergeSummary:
     verified: bool = False
     linked: int = 0
     reused: int = 0
+    resumed: int = 0
     consumed: int = 0
     predicted_peak_bytes: int | None = None
     measured_peak_bytes: int | None = field(default=None, compare=False)
@@ -91,7 +99,8 @@ def run_plan(
     Raises:
         OutputError: the output may not be written; nothing was.
         MemoryLimitError: the merge takes more than `max_memory`, or than its control group has; nothing was written.
-        MergeError: writing failed; nothing was published and nothing is left, unless its notes say so.
+        MergeError: writing failed; nothing was published and nothing is left, unless its notes say so: where the system
+            failed it, as where a signal ends it, finished shards are kept, and the same call goes on from them.
         VerificationError: with `verify`, what was written is not what was computed; nothing was published.
         ValueError: a choice is none of its values.
     """
@@ -122,6 +131,7 @@ def _summary(
         output=str(request.output),
         counts=count_steps(plan),
         unchanged=written.unchanged,
+        survivals=written.survivals,
         byte_count=plan.byte_count,
         written_bytes=plan.byte_count - written.spared_bytes,
         seconds=seconds,
@@ -129,6 +139,7 @@ def _summary(
         verified=request.options.verify,
         linked=written.linked,
         reused=written.reused,
+        resumed=written.resumed,
         consumed=written.consumed,
         predicted_peak_bytes=peaks[0],
         measured_peak_bytes=peaks[1],
@@ -149,8 +160,17 @@ def check_run(plan: MergePlan, output: str | Path, **choices: Unpack[RunChoices]
     choose_budget(plan, request.options, reserved=request.reserved_bytes)
     with _device(request.options):
         pass  # it is there
+    left: Iterable[str] = ()
+    if origins.identities and not request.options.consume_base:
+        made = {shard.name for shard in plan.shards} - origins.taken_names
+        left = finished_lines(request, origins.identities, made)
     linked = [f"{name} becomes a link to {path}" for name, path in origins.links.items()]
-    return [*origins.notes, *linked, *(f"{name} is taken from the output that is replaced" for name in origins.reused)]
+    return [
+        *origins.notes,
+        *left,
+        *linked,
+        *(f"{name} is taken from the output that is replaced" for name in origins.reused),
+    ]
 
 
 @contextmanager
@@ -181,7 +201,7 @@ def check_request(request: RunRequest) -> ShardOrigins:
     _check_names(request.plan)
     _check_methods(request.plan)
     problems = ProblemCollector()
-    problems.add(OutputError, _verify_problems(request))
+    problems.add(OutputError, _choice_problems(request))
     if not (request.options.consume_base and was_published(request)):
         with problems.absorb():
             check_output(request.output, request.policy)
@@ -196,9 +216,14 @@ def check_request(request: RunRequest) -> ShardOrigins:
     return origins
 
 
-def _verify_problems(request: RunRequest) -> Iterator[Problem]:
-    """Yield why the output could not be computed a second time."""
+def _choice_problems(request: RunRequest) -> Iterator[Problem]:
+    """Yield which choices do not go together."""
     options = request.options
+    if options.consume_base and not options.resume:
+        expected = (
+            "to be the only one of --no-resume and --consume-base, for the base is gone in part once it is cut off"
+        )
+        yield Problem("--no-resume", expected, "both", "leave one out")
     if options.verify and options.consume_base:
         expected = "to be the only one of --verify and --consume-base, for the base is gone by then"
         yield Problem("--verify", expected, "both", "leave one out")
@@ -214,7 +239,9 @@ def _check_plain(request: RunRequest, folder: Path) -> ShardOrigins:
     with problems.absorb():
         check_links(origins.links, folder)
     with problems.absorb():
-        check_space(request.output, request.plan.byte_count - origins.byte_count(request.plan))
+        needed = request.plan.byte_count - origins.byte_count(request.plan)
+        files = len(request.plan.shards) + len(request.plan.side_files) + len(request.plan.written_files)
+        check_space(request.output, needed + files * _BLOCK_BYTES - reclaimed_bytes(request.output))
     problems.raise_if_any()
     return origins
 

@@ -35,6 +35,7 @@ class RunChoices(ReplayChoices, total=False):
     link: bool
     consume_base: bool
     reuse: bool
+    resume: bool
     verify: bool
     checksum: bool
 
@@ -52,6 +53,7 @@ class RunOptions:
         link: shards that the merge leaves as they are become hard links to the base's.
         consume_base: delete each base shard once its successor is durable.
         reuse: take shards over from the output that is replaced, where the same inputs made them.
+        resume: take shards over that a merge that was cut off had finished, and leave them where this one is.
         verify: read the output back, and compare it with a second computation, before it is published.
         checksum: write `SHA256SUMS`, a manifest of the output's files for `sha256sum -c`.
         without: names of `MECHANISMS` that are not to be used.
@@ -64,6 +66,7 @@ class RunOptions:
     link: bool = False
     consume_base: bool = False
     reuse: bool = True
+    resume: bool = True
     verify: bool = False
     checksum: bool = False
     without: Collection[str] = field(default=frozenset())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Semaphore
+from typing import TypeAlias
 
+from rawmerge.computing.survival import Survival
 from rawmerge.engine.engine import Engine
 from rawmerge.engine.jobs import Progress, ProgressCallback
 from rawmerge.engine.shard_writer import OutputFile
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.run_request import RunRequest
+
+FinishedCallback: TypeAlias = Callable[[ShardPlan, Path, Collection[str], Mapping[str, Survival]], None]
 
 
 class ShardRun:
@@ -21,10 +25,20 @@ class ShardRun:
 
     Attributes:
         changed: names of the updated tensors of which at least one element differs from the base.
+        survivals: what rounding left of the delta of each.
     """
 
-    def __init__(self, request: RunRequest, folder: Path) -> None:
+    def __init__(self, request: RunRequest, folder: Path, finished: FinishedCallback | None = None) -> None:
+        """Begin with none.
+
+        Args:
+            request: the merge.
+            folder: where shards are made.
+            finished: called with each shard that is durable, its file, and the two attributes as far as they are
+                known, in a thread of the engine.
+        """
         self.changed: set[str] = set()
+        self.survivals: dict[str, Survival] = {}
         self._compute_dtype = request.plan.options.compute_dtype
         self._options = request.options
         self._device = request.device
@@ -34,6 +48,7 @@ class ShardRun:
         self._report = request.report
         self._signals = request.signals
         self._manifest = request.manifest
+        self._finished = finished
         self._done_bytes = 0
         self._total_bytes = request.plan.tensor_bytes
 
@@ -60,11 +75,14 @@ class ShardRun:
             paths=self._paths,
         )
         with ExitStack() as opened:
-            engine.run(self._open(shards, opened), self._later_report(self._done_bytes))
+            engine.run(self._open(shards, opened, engine), self._later_report(self._done_bytes))
         self.changed |= engine.changed
+        self.survivals |= engine.survivals
         self._done_bytes += sum(map(_tensor_bytes, shards))
 
-    def _open(self, shards: Sequence[ShardPlan], opened: ExitStack) -> Iterator[tuple[ShardPlan, OutputFile]]:
+    def _open(
+        self, shards: Sequence[ShardPlan], opened: ExitStack, engine: Engine
+    ) -> Iterator[tuple[ShardPlan, OutputFile]]:
         uses = self._options.uses
         turn = write_turns(self._budget.threads) if self._budget and uses("write-turns") else None
         for shard in shards:
@@ -74,9 +92,15 @@ class ShardRun:
                 preallocates=uses("preallocation"),
                 is_direct=uses("direct-io"),
                 turn=turn,
-                finished=partial(self._manifest.add, shard.name) if self._manifest else None,
+                finished=partial(self._tell_finished, shard, engine),
             )
             yield shard, opened.enter_context(file)
+
+    def _tell_finished(self, shard: ShardPlan, engine: Engine) -> None:
+        if self._manifest:
+            self._manifest.add(shard.name)
+        if self._finished:
+            self._finished(shard, self._folder / shard.name, engine.changed, engine.survivals)
 
     def _later_report(self, before: int) -> ProgressCallback:
         if not before:

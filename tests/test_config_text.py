@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rawmerge.formats.config_text import insert_value, replace_values
+from rawmerge.formats.config_text import insert_value, insert_values, replace_values
 from tests.strategies import SETTINGS, Document, json_layouts, json_objects, json_scalars, texts
 
 Path = tuple[str, ...]
@@ -146,3 +146,22 @@ def test_a_nested_member_looks_like_transformers_wrote_it() -> None:
 def test_a_member_cannot_be_inserted_where_there_is_no_object(path: Path) -> None:
     with pytest.raises(KeyError):
         insert_value('{"a": {}, "c": [{}]}', "key", 1, path)
+
+
+@SETTINGS
+@given(json_objects(), json_objects(), json_layouts(), texts(), json_scalars())
+def test_members_are_inserted_into_several_objects_at_once(
+    outer: Document, inner: Document, layout: dict[str, Any], key: str, value: Any
+) -> None:
+    document = {**outer, "a": {"a": inner, "b": {}}, "c": inner}
+    for place in (document, inner):
+        place.pop(key, None)
+    paths = [path for path in ((), ("c",), ("a", "a"), ("a", "b")) if not {key} & set(path)]
+    edited = json.loads(insert_values(json.dumps(document, **layout), key, dict.fromkeys(paths, value)))
+    expected = json.loads(json.dumps(document))
+    for path in paths:
+        place = expected
+        for part in path:
+            place = place[part]
+        place[key] = value
+    assert edited == expected

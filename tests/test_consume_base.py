@@ -486,3 +486,16 @@ def test_the_command_line_deletes_when_told_and_a_dry_run_says_what(layered: Pat
     assert done.exit_code == 0
     assert ", 3 shards deleted from the base;" in done.stderr
     assert "is no checkpoint any more" in done.stderr
+
+
+def test_a_path_that_no_journal_can_hold_is_refused(tmp_path: Path) -> None:
+    try:
+        (tmp_path / os.fsdecode(b"r\xff")).mkdir()
+    except OSError:
+        pytest.skip("this file system wants UTF-8")
+    paths = layered_merge(tmp_path / os.fsdecode(b"r\xff"))
+    before = folder_bytes(paths[0])
+    with pytest.raises(OutputError, match="a path in UTF-8"):
+        rawmerge.merge_adapter(*paths, tmp_path / "out", consume_base=True)
+    assert folder_bytes(paths[0]) == before
+    assert not (tmp_path / "out").exists()

@@ -76,7 +76,7 @@ def cut_off(paths: Paths, output: Path, at: str = NAMES[1], **options: Any) -> B
 @pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation_the_next_run_ends_with_the_same_bytes(tmp_path: Path, step: int) -> None:
     layered_merge(tmp_path)
-    command = [sys.executable, "-m", "tests.kill_rounds", str(tmp_path), str(step)]
+    command = [sys.executable, "-m", "tests.kill_rounds", "consume", str(tmp_path), str(step)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -348,7 +348,7 @@ def test_a_last_line_that_was_not_written_whole_does_not_count(
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda raw: raw.replace(b"rawmerge-journal-1", b"rawmerge-journal-9"),
+        lambda raw: raw.replace(b"rawmerge-journal-2", b"rawmerge-journal-9"),
         lambda raw: raw.replace(b'"plan": {', b'"plan": {"x": 1, ', 1),
         lambda raw: raw.replace(b'{"prepared"', b'{"praepared"'),
         lambda raw: b"[]\n" + raw,

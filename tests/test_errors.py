@@ -25,6 +25,7 @@ from rawmerge.errors import (
     ShardFormatError,
     UnsupportedAdapterError,
     VerificationError,
+    printable,
     quote,
 )
 
@@ -88,6 +89,26 @@ def test_one_problem_is_one_sentence() -> None:
 
 def test_a_hint_stands_on_its_own_line() -> None:
     assert str(PlanError(SECOND)) == "'bias': expected 'none', found 'all'\n    hint: train without biases"
+
+
+def test_no_part_of_a_problem_can_reach_the_terminal_or_look_like_a_line_of_ours() -> None:
+    hostile = "été\x1b[31m\r\nFORGED\x9b\u202e"
+    lines = str(PlanError(Problem(*[hostile] * 4))).split("\n")
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+    assert lines[1] == r"    hint: été\x1b[31m\r\nFORGED\x9b\u202e"
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("été 漢字 it's \\n", "été 漢字 it's \\n"),
+        ("é\x7f\0", r"é\x7f\x00"),
+        ("\u2028\u200d\ufeff", r"\u2028\u200d\ufeff"),
+    ],
+)
+def test_only_what_is_not_printable_is_escaped(line: str, shown: str) -> None:
+    assert printable(line) == shown
 
 
 def test_several_problems_are_counted_and_listed() -> None:

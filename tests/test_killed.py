@@ -17,7 +17,7 @@ import rawmerge
 from rawmerge.errors import OutputError
 from rawmerge.output import staging_directory
 from rawmerge.output.staging_directory import hidden_beside
-from tests.builders import folder_bytes
+from tests.builders import folder_bytes, layered_merge
 
 Paths = tuple[Path, Path]
 
@@ -80,6 +80,22 @@ def test_a_merge_that_is_killed_anywhere_leaves_the_output_absent_or_whole(
     assert killed >= 4
 
 
+@pytest.mark.parametrize("mode", ["plain", "overwrite"])
+@pytest.mark.parametrize(("step", "kills"), [(6, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
+def test_killed_before_any_file_operation_the_next_run_ends_with_the_same_bytes(
+    tmp_path: Path, mode: str, step: int, kills: int
+) -> None:
+    layered_merge(tmp_path, changed=(0, 1, 2))
+    command = [sys.executable, "-m", "tests.kill_rounds", mode, str(tmp_path), str(step), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == [], done.stderr
+    assert found["killed"] > 50 / step
+    assert found["killed"] >= kills
+    assert found["resumed"] > 12 / step
+
+
 def test_what_a_killed_merge_left_is_told_and_cleared(tiny: Paths, tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert dying(tiny, output, 12) == -signal.SIGKILL
@@ -89,7 +105,10 @@ def test_what_a_killed_merge_left_is_told_and_cleared(tiny: Paths, tmp_path: Pat
     (left / "folder").mkdir()
     (left / "folder/file").write_text("x")
     summary = rawmerge.merge_adapter(*tiny, output)
-    assert f"{str(left)!r}, which a merge that was killed had left, was cleared" in summary.notes
+    assert (
+        f"{str(left)!r}, which a merge that was cut off had left, was cleared: it had finished no shard"
+        in summary.notes
+    )
     assert names(tmp_path) == ["adapter", "base", "out"]
     assert folder_bytes(tiny[0]) == inputs
 

@@ -29,8 +29,9 @@ from rawmerge.memory.forecast import MemoryForecaster
 from rawmerge.memory.limit import MemoryLimit
 from rawmerge.memory.process_peak import PeakMeter, start_meter
 from rawmerge.native import kernel
-from rawmerge.report import plan_text, summary_json, summary_text
+from rawmerge.report import plan_text
 from rawmerge.run_options import RunOptions
+from rawmerge.summary_report import summary_json, summary_text
 from tests.builders import PREFIX, folder_bytes, lora_pair, random_tensor, raw, read_all, write_adapter, write_base
 
 MEBIBYTE = 2**20

@@ -145,6 +145,10 @@ def test_the_folder_the_file_and_an_earlier_checkpoint_are_read(base: Path, tmp_
         ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
         ("/Users/me/models/tiny/", "tiny"),
         ("mlx_model", ""),
+        ("a/B-bf16-4bit-DWQ-lr9e-8", "B"),
+        ("a/B-4bits-8bit_x", "B"),
+        ("a/B" + "-4bit" * 35 + "!", "B" + "-4bit" * 35 + "!"),  # took for ever
+        ("a/B" + "-4bit" * 50_000 + "!", "B" + "-4bit" * 50_000 + "!"),
         (None, ""),
         (7, ""),
     ],
@@ -226,3 +230,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (folder / "adapters.safetensors").rename(folder / "adapters.npz")
     with pytest.raises(MissingFileError, match=r"an adapters\.safetensors"):
         read_adapter(folder)
+
+
+@pytest.mark.parametrize("kind", [["lora"], {"a": 1}, 3, True], ids=str)
+def test_a_kind_that_is_no_text_is_refused(tmp_path: Path, kind: object) -> None:
+    with pytest.raises(UnsupportedAdapterError, match="'fine_tune_type': expected lora or dora"):
+        read_adapter(write(tmp_path / "a", factors(Q), fine_tune_type=kind))

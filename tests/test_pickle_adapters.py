@@ -189,6 +189,9 @@ HOSTILE = {
     "another opcode": (b"\x80\x02I1\n.", "INT"),
     "the extension registry": (b"\x80\x02\x82\x01.", "EXT1"),
     "an instance": (b"\x80\x02(ios\nsystem\n.", "INST"),
+    "more arguments than torch takes": (entry(strides=b"K\x01\x85NNN"), "what is stored"),
+    "fewer arguments than torch takes": (entry().replace(b"\x89ccollections\nOrderedDict\n)R", b""), "damaged"),
+    "a name too long": (table(key("a" * 4097) + tensor() + b"s"), "4096 characters"),
     "a new object": (table(key() + b"ccollections\nOrderedDict\n)\x81s"), "NEWOBJ"),
     "a call of a table": (table(key() + b"})Rs"), "damaged"),
     "a table with arguments": (table(key() + b"ccollections\nOrderedDict\n}\x85Rs"), "damaged"),
@@ -225,6 +228,15 @@ def test_the_pickles_above_are_hostile_for_what_they_say(tmp_path: Path) -> None
     assert read_adapter(adapter).tensors["a"].shape == (4,)
 
 
+def test_a_tensor_that_torch_would_negate_is_refused(tmp_path: Path) -> None:
+    values = torch.arange(1.0, 5.0)
+    state = {"a": torch._neg_view(values)}
+    adapter = write_bin(tmp_path / "a", state)
+    assert torch.load(adapter / BIN, weights_only=True)["a"].tolist() == [-1, -2, -3, -4]  # stored without the sign
+    with pytest.raises(AdapterError, match="tensors that are what is stored"):
+        read_adapter(adapter)
+
+
 def test_compressed_members_are_refused(tmp_path: Path) -> None:
     adapter = write_bin(tmp_path / "a", {"a": torch.zeros(1_000_000)})
     rezipped(adapter / BIN, lambda members: members, zipfile.ZIP_DEFLATED)
@@ -254,6 +266,7 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
         "place": content[: entry - 4] + struct.pack("<I", 2**31) + content[entry:],
         "size": content[: entry - 26] + struct.pack("<II", 2**30, 2**30) + content[entry - 18 :],
         "empty": b"",
+        "before the start": content[:directory] + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, 2**31, 0, 0),
     }
     for what, bytes_ in damaged.items():
         (adapter / BIN).write_bytes(bytes_)
@@ -268,11 +281,48 @@ def test_other_archives_are_refused(tmp_path: Path) -> None:
         (lambda members: {**members, "more/data.pkl": b""}, "another archive"),
         (lambda members: {**members, "adapter_model/constants.pkl": b""}, "another archive"),
         (lambda members: {**members, "adapter_model/byteorder": b"big"}, "another order"),
+        (lambda members: {**members, "adapter_model/byteorder": bytes(10_000_000)}, "another order"),
     ):
         (adapter / BIN).write_bytes(original)
         rezipped(adapter / BIN, edit)
         with pytest.raises(AdapterError, match=word):
             read_adapter(adapter)
+
+
+@pytest.mark.parametrize("place", [2**31, 2**62, 2**63, 2**64 - 1])
+def test_a_member_outside_of_the_file_is_refused(tmp_path: Path, place: int) -> None:
+    """Only zip64 has room for such places: they stand in an extra field, and what else says where is all ones."""
+    adapter = write_bin(tmp_path / "a", {"a": torch.ones(4)})
+    rezipped(adapter / BIN, lambda members: members)  # with one end, torch's has two
+    content = (adapter / BIN).read_bytes()
+    first = content.index(b"PK\x01\x02")
+    name = first + 46 + int.from_bytes(content[first + 28 : first + 30], "little")
+    extra = struct.pack("<HHQ", 1, 8, place)
+    entry = content[first : first + 30] + struct.pack("<H", len(extra)) + content[first + 32 : first + 42]
+    entry += b"\xff" * 4 + content[first + 46 : name] + extra
+    old = name + int.from_bytes(content[first + 30 : first + 32], "little")
+    (adapter / BIN).write_bytes(grown(content[:first] + entry + content[old:], len(entry) - (old - first)))
+    with pytest.raises(AdapterError, match="leads out of the file"):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize("field", [12, 16], ids=["size", "place"])
+@pytest.mark.parametrize("value", [2**31, 2**32 - 2])
+def test_a_list_of_members_outside_of_the_file_is_refused(tmp_path: Path, field: int, value: int) -> None:
+    adapter = write_bin(tmp_path / "a", {"a": torch.ones(4)})
+    rezipped(adapter / BIN, lambda members: members)
+    content = bytearray((adapter / BIN).read_bytes())
+    struct.pack_into("<I", content, len(content) - 22 + field, value)
+    (adapter / BIN).write_bytes(content)
+    with pytest.raises(AdapterError, match="damaged one"):
+        read_adapter(adapter)
+
+
+def grown(content: bytes, more: int) -> bytes:
+    """Return an archive whose list of members is longer than its end says, with an end that is right."""
+    end = content.rindex(b"PK\x05\x06")
+    (size,) = struct.unpack_from("<I", content, end + 12)
+    return content[: end + 12] + struct.pack("<I", size + more) + content[end + 16 :]
 
 
 def test_members_that_overlap_are_refused(tmp_path: Path) -> None:

@@ -71,10 +71,40 @@ def test_a_plan_from_json_writes_the_same_bytes(tiny: Paths, tmp_path: Path) -> 
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "rawmerge-plan-0"}', "nonsense"])
+@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "rawmerge-plan-0"}', "nonsense", '{"a": "\ud800"}'])
 def test_json_that_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="plan"):
         rawmerge.parse_plan(text)
+
+
+def step_of(plan: Any, number: int = 1) -> Any:
+    return plan["shards"][0]["steps"][number]
+
+
+CONTRADICTIONS: dict[str, Callable[[Any], Any]] = {
+    "a dtype that there is not": lambda plan: step_of(plan)["source"].update(dtype="F31"),
+    "a dtype of the output that there is not": lambda plan: step_of(plan)["entry"].update(dtype="F31"),
+    "a factor's dtype": lambda plan: step_of(plan)["updates"][0]["tensors"]["lora_a"].update(dtype="F31"),
+    "a dtype of the base that there is not": lambda plan: step_of(plan).update(base_dtype="F31"),
+    "a negative size": lambda plan: step_of(plan)["source"].update(shape=[-12, -8]),
+    "a place before the file": lambda plan: step_of(plan)["source"].update(offset=-1),
+    "more bytes than its shape": lambda plan: step_of(plan)["source"].update(byte_count=2**40),
+    "a size that is true": lambda plan: step_of(plan)["source"].update(shape=[True]),
+    "a kept tensor of another shape": lambda plan: step_of(plan, 0)["source"].update(shape=[8, 20]),
+    "a tensor less": lambda plan: plan["shards"][0]["steps"].pop(),
+    "a tensor twice": lambda plan: plan["shards"][0]["steps"].append(step_of(plan)),
+    "a tensor of another name": lambda plan: step_of(plan)["entry"].update(name="other"),
+    "a header that is none": lambda plan: plan["shards"][0].update(header_text="{"),
+    "a header of other tensors": lambda plan: plan["shards"][0].update(header_text="{}"),
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+def test_a_plan_that_contradicts_itself_is_refused(tiny: Paths, what: str) -> None:
+    document = json.loads(rawmerge.format_plan(rawmerge.plan_merge(*tiny)))
+    CONTRADICTIONS[what](document)
+    with pytest.raises(PlanError):
+        rawmerge.parse_plan(json.dumps(document))
 
 
 @pytest.mark.parametrize(

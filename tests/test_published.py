@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 import rawmerge
+from rawmerge.consuming.unfinished import unfinished_folder
 from rawmerge.errors import MergeError, OutputError
 from rawmerge.output import staging_directory
 from rawmerge.output.output_directory import OutputPolicy
-from rawmerge.output.staging_directory import PUBLISHED_NOTE, StagingDirectory
+from rawmerge.output.staging_directory import PUBLISHED_NOTE, StagingDirectory, hidden_beside
 
 Paths = tuple[Path, Path]
 
@@ -162,3 +163,30 @@ def test_a_signal_after_publishing_is_told_truthfully(
         rawmerge.merge_adapter(*tiny, tmp_path / "out")
     assert caught.value.__notes__ == [PUBLISHED_NOTE]
     assert (tmp_path / "out" / "rawmerge.json").exists()
+
+
+@pytest.mark.parametrize("consumes", [False, True])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "file", "pipe"])
+def test_what_others_put_where_a_merge_works_is_refused_and_left_alone(
+    tiny: Paths, tmp_path: Path, consumes: bool, kind: str
+) -> None:
+    """The place's name can be guessed: a link there must not have a stranger's choice of folder cleared."""
+    mine = tmp_path / "mine/output"
+    mine.mkdir(parents=True)
+    (mine / "work.txt").write_text("work")
+    place = unfinished_folder(tmp_path / "out").path if consumes else hidden_beside(tmp_path / "out")
+    put_at(place, kind, mine.parent)
+    with pytest.raises(OutputError, match=re.escape(f"'{place}': expected no")):
+        rawmerge.merge_adapter(*tiny, tmp_path / "out", consume_base=consumes)
+    assert names(tmp_path) == sorted(["adapter", "base", "mine", place.name])
+    assert names(mine) == ["work.txt"]
+    assert len(names(tiny[0])) == 5
+
+
+def put_at(place: Path, kind: str, target: Path) -> None:
+    if kind == "file":
+        place.write_text("work")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(target if kind == "link" else "nothing")

@@ -12,8 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from rawmerge import cli as command_line
-from rawmerge import errors
+from rawmerge import command_group, errors
 from rawmerge.cli import cli
 from rawmerge.formats import adapter_fields as fields
 from rawmerge.methods import ADAPTER_KINDS
@@ -58,7 +57,7 @@ def test_every_script_exists_and_is_executable() -> None:
 
 
 def test_shell_scripts_are_short() -> None:
-    for path in (path for path in (ROOT / "scripts").iterdir() if not path.suffix):
+    for path in (path for path in (ROOT / "scripts").iterdir() if path.is_file() and not path.suffix):
         assert len(path.read_text().splitlines()) < 20, path
 
 
@@ -103,7 +102,7 @@ def test_the_exit_codes_are_the_code_s() -> None:
         for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, errors.RawmergeError)
     }
-    assert stated == raised | {0, 2, command_line.INTERRUPTED, 128 + signal.SIGTERM}
+    assert stated == raised | {0, 2, command_group.INTERRUPTED, 128 + signal.SIGTERM}
 
 
 def test_the_floors_are_the_house_s() -> None:

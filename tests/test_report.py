@@ -23,6 +23,7 @@ from rawmerge.errors import (
     PlanError,
     Problem,
     RawmergeError,
+    VerificationError,
 )
 from rawmerge.inspection import Inspection
 from rawmerge.merge_plan import MergePlan
@@ -32,16 +33,18 @@ from rawmerge.report import (
     error_text,
     inspection_json,
     inspection_text,
+    plan_json,
     plan_text,
-    summary_json,
-    summary_text,
+    verification_text,
 )
 from rawmerge.run import MergeSummary
+from rawmerge.summary_report import summary_json, summary_text
+from rawmerge.verifying.findings import Verification
 from tests.builders import lora_pair, random_tensor, write_adapter, write_base
 from tests.strategies import SETTINGS
 
 SUMMARY = MergeSummary(
-    "out", {"kept": 3, "updated": 2, "cast": 0, "replaced": 0, "added": 0}, (), 4_000_000, 4_000_000, 2.0
+    "out", {"kept": 3, "updated": 2, "cast": 0, "replaced": 0, "added": 0}, (), {}, 4_000_000, 4_000_000, 2.0
 )
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 HOSTILE = "a\x1b[31m\nb"
@@ -166,9 +169,11 @@ def test_a_summary_is_one_json_object() -> None:
         "verified": False,
         "linked": 0,
         "reused": 0,
+        "resumed": 0,
         "consumed": 0,
         "predicted_peak_bytes": None,
         "measured_peak_bytes": None,
+        "surviving": {"tensors": 0, "changed": None, "norm": None, "lost": None, "much_lost": {}},
     }
 
 
@@ -244,6 +249,31 @@ def test_problems_that_differ_in_more_than_layers_are_all_shown() -> None:
 
 def test_other_errors_are_shown_as_they_are() -> None:
     assert error_text(MergeError("disk full")) == "disk full"
+
+
+@pytest.mark.parametrize(
+    "error", [MergeError(HOSTILE), VerificationError(HOSTILE, problems(1)), RawmergeError(HOSTILE)]
+)
+def test_no_error_and_no_note_to_it_reaches_the_terminal(error: RawmergeError) -> None:
+    error.add_note(HOSTILE)
+    lines = error_text(error).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert lines[-1] == r"    a\x1b[31m\nb"
+
+
+def test_notes_of_a_verification_cannot_reach_the_terminal() -> None:
+    problem = Problem(HOSTILE, HOSTILE, HOSTILE)
+    made = Verification(HOSTILE, replayed=True, tensor_count=1, element_count=1, findings=(problem,), notes=(HOSTILE,))
+    text = verification_text(made)
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert text.endswith("\nnote: a\\x1b[31m\\nb")
+
+
+def test_json_is_plain_ascii(plan: MergePlan) -> None:
+    made = plan_json(replace(plan, base_root="é\x9b\u202e", notes=("\x7f",)))
+    assert made.isascii()
+    assert made.isprintable()
+    assert json.loads(made)["base_root"] == "é\x9b\u202e"
 
 
 def test_a_refusal_in_json_has_all_problems_field_by_field() -> None:

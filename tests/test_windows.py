@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rawmerge.computing.shared_tensors import SharedTensors, count_uses
 from rawmerge.computing.tile_computer import TileScratch, WindowedUpdate
 from rawmerge.engine.tiles import TILE_ELEMENTS
 from rawmerge.errors import PlanError
-from rawmerge.formats.shard_header import TensorEntry
+from rawmerge.formats.shard_header import TensorEntry, format_shard_header
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
 from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Update, UpdateTensor, Window, matrix_of
 from rawmerge.methods import ADAPTER_KINDS, KIND_FIELDS, METHODS
@@ -214,7 +215,10 @@ WINDOWS = [None, Window(3, 4), Window(1, 2, 3, 4, 5, 6)]
 
 
 def plan_with(step: UpdateTensor, tiny: tuple[Path, Path]) -> rawmerge.MergePlan:
-    return replace(rawmerge.plan_merge(*tiny), shards=(ShardPlan("a", "{}", (step,)),))
+    size = prod(step.entry.shape) * 4
+    whole = replace(step, entry=replace(step.entry, end=size), source=replace(step.source, byte_count=size))
+    header = format_shard_header((whole.entry,), {})
+    return replace(rawmerge.plan_merge(*tiny), shards=(ShardPlan("a", header, (whole,)),))
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rawmerge.byte_sizes import format_bytes
@@ -28,10 +29,16 @@ from rawmerge.errors import NothingChangedError, OutputError, ProblemCollector, 
 from rawmerge.inputs.input_check import check_inputs
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.output.manifest import MANIFEST_NAME
-from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, updated_names
+from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, shard_outcome, updated_names
 from rawmerge.output.output_directory import check_space, long_names
-from rawmerge.output.small_files import write_small_files
-from rawmerge.output.staging_directory import StagingDirectory, make_folders, remove_folders, sync_directory
+from rawmerge.output.small_files import complete_record, write_small_files
+from rawmerge.output.staging_directory import (
+    StagingDirectory,
+    hidden_beside,
+    make_folders,
+    remove_folders,
+    sync_directory,
+)
 from rawmerge.run_request import RunRequest
 from rawmerge.shard_run import ShardRun
 
@@ -52,9 +59,21 @@ def consume_base(request: RunRequest) -> Written:
     try:
         make_folders(folder.path.parent, created)
         with folder.locked():
-            return _run(request, folder)
+            notes = _without_plain(request.output)
+            written = _run(request, folder)
+            return replace(written, notes=(*notes, *written.notes))
     finally:
         remove_folders(created)
+
+
+def _without_plain(output: Path) -> list[str]:
+    """Remove what a merge to the same output that left its base alone had finished; its disk space is wanted."""
+    hidden = hidden_beside(output)
+    if not os.path.lexists(hidden):
+        return []
+    with StagingDirectory(output):
+        pass  # which is removed on leaving it
+    return [f"{quote(hidden)}, which a merge without --consume-base that was cut off had left, was cleared"]
 
 
 def was_published(request: RunRequest) -> bool:
@@ -200,6 +219,7 @@ class _ConsumingRun:
             self._write_shards(ShardRun(listed, self._folder.staged))
             if not self._has_changed:
                 raise NothingChangedError
+            complete_record(self._staging, self.journal.survivals)
             if listed.manifest:
                 (self._folder.staged / MANIFEST_NAME).unlink(missing_ok=True)  # of a run that was cut off here
                 self._staging.write_bytes(MANIFEST_NAME, listed.manifest.raw())
@@ -222,7 +242,10 @@ class _ConsumingRun:
         unchanged = [name for shard in self._plan.shards for name in self.journal.finished[shard.name]]
         deleted = len(self.journal.deleted)
         left = f"{quote(self._plan.base_root)} is no checkpoint any more: {_count(deleted)} deleted"
-        return Written(tuple(unchanged), consumed=deleted, spared_bytes=self._spared_bytes, notes=(*self._notes, left))
+        survivals = self.journal.survivals
+        return Written(
+            tuple(unchanged), survivals, consumed=deleted, spared_bytes=self._spared_bytes, notes=(*self._notes, left)
+        )
 
     @property
     def _has_changed(self) -> bool:
@@ -248,10 +271,10 @@ class _ConsumingRun:
     def _make(self, shard: ShardPlan, run: ShardRun) -> None:
         run.make([shard])
         self._staging.sync()
-        unchanged = tuple(name for name in updated_names(shard) if name not in run.changed)
+        unchanged, survivals = shard_outcome(shard, run.changed, run.survivals)
         # now, for the base's tensors that were replaced may be gone later
         changes = len(unchanged) < len(updated_names(shard)) or replacement_differs(shard, self._folder.staged)
-        self.journal.finish(shard.name, unchanged, changes=changes)
+        self.journal.finish(shard.name, unchanged, survivals, changes=changes)
 
     def _give_way(self, shard: ShardPlan) -> None:
         """Delete the base shards that nothing reads any more, now that `shard` is durable."""

@@ -27,7 +27,11 @@ def check_consumption(plan: MergePlan, paths: Iterable[str], folder: Path, *, li
     Raises:
         OutputError: with all reasons.
     """
-    problems = [*_problems_of_base(plan, links), *_problems_of_files(paths, folder.stat().st_dev)]
+    problems = [
+        *_problems_of_base(plan, links),
+        *_problems_of_names(plan),
+        *_problems_of_files(paths, folder.stat().st_dev),
+    ]
     if problems:
         raise OutputError(*problems)
 
@@ -45,6 +49,21 @@ def _problems_of_base(plan: MergePlan, links: bool) -> Iterator[Problem]:
     for folder in sorted({Path(file.path).parent for file in plan.base_files}):
         if not os.access(folder, os.W_OK | os.X_OK):
             yield Problem(str(folder), "a folder whose files may be deleted", "one that cannot be written", _HINT)
+
+
+def _problems_of_names(plan: MergePlan) -> Iterator[Problem]:
+    for path in dict.fromkeys((plan.base_root, plan.adapter_root, *(file.path for file in plan.base_files))):
+        if not _is_text(path):  # the journal, without which nothing can go on, is JSON
+            yield Problem(path, "a path in UTF-8, to be noted in a journal", "other bytes", _HINT)
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path can be written as UTF-8; Python has lone surrogates for bytes that are none."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _problems_of_files(paths: Iterable[str], device: int) -> Iterator[Problem]:

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from rawmerge.computing.survival import Survival
 from rawmerge.errors import OutputError, Problem, RefusedError
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.inputs.file_status import FileStatus
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.staging_directory import sync_directory
+from rawmerge.output.survivals import parse_survivals, survival_fields
 from rawmerge.plan_json import format_plan, parse_plan
 
-FORMAT: Final = "rawmerge-journal-1"
+FORMAT: Final = "rawmerge-journal-2"
 JOURNAL_NAME: Final = "journal.jsonl"
 
 
@@ -50,6 +52,7 @@ class Journal:
         beginning: what the merge was when it began.
         is_prepared: all files but the shards are durable.
         finished: durable output shard to its updated tensors of which no element differs from the base.
+        survivals: what rounding left of the deltas of their updated tensors.
         has_changed: a tensor of a finished shard differs from the base's.
         deleted: base shard to the output shard after which it was deleted, or was about to be.
         is_complete: only publishing is left.
@@ -60,6 +63,7 @@ class Journal:
     beginning: Beginning
     is_prepared: bool = False
     finished: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    survivals: dict[str, Survival] = field(default_factory=dict)
     has_changed: bool = False
     deleted: dict[str, str] = field(default_factory=dict)
     is_complete: bool = False
@@ -82,9 +86,12 @@ class Journal:
         """Note that all files but the shards are durable."""
         self._note({"prepared": True})
 
-    def finish(self, shard_name: str, unchanged: tuple[str, ...], *, changes: bool) -> None:
+    def finish(
+        self, shard_name: str, unchanged: tuple[str, ...], survivals: Mapping[str, Survival], *, changes: bool
+    ) -> None:
         """Note that an output shard is durable, and whether it differs from the base."""
-        self._note({"finished": shard_name, "unchanged": unchanged, "changes": changes})
+        fields = survival_fields(survivals)
+        self._note({"finished": shard_name, "unchanged": unchanged, "survivals": fields, "changes": changes})
 
     def delete(self, base_path: str, shard_name: str) -> None:
         """Note that a base shard is about to be deleted, now that an output shard has taken its place."""
@@ -102,6 +109,7 @@ class Journal:
         """Take over what a line says; KeyError or TypeError: it is none of this journal's."""
         if "finished" in line:
             self.finished[line["finished"]] = tuple(line["unchanged"])
+            self.survivals |= parse_survivals(line["survivals"])
             self.has_changed |= line["changes"]
         elif "deleted" in line:
             self.deleted[line["deleted"]] = line["after"]
@@ -135,7 +143,7 @@ def read_journal(folder: Path) -> Journal | None:
     if not os.path.exists(path):  # noqa: PTH110  # false for a name that no file can have, which Path says loudly
         return None
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was not written whole
+        lines = _whole_lines(path.read_bytes())
         return _parse(path, lines) if lines else None
     except (OSError, RefusedError, StrictJsonError, LookupError, TypeError, ValueError, AttributeError) as error:
         hint = (
@@ -147,9 +155,23 @@ def read_journal(folder: Path) -> Journal | None:
 def drop_half_line(journal: Journal) -> None:
     """Cut off a line that a crash left unfinished, before more are written."""
     raw = journal.path.read_bytes()
-    whole = raw.rfind(b"\n") + 1
+    whole = sum(len(line) + 1 for line in _whole_lines(raw))
     if whole < len(raw):
         os.truncate(journal.path, whole)
+
+
+def _whole_lines(raw: bytes) -> list[bytes]:
+    """Return the lines but a last one that was not written whole: without an end, or with holes in it.
+
+    A file system may have a file's size on the disk, and not all of what was added. What such a line allows has not
+    been done.
+    """
+    lines = raw.split(b"\n")[:-1]
+    try:
+        parse_json_object(lines[-1] if lines else b"{}")
+    except (StrictJsonError, ValueError):
+        return lines[:-1]
+    return lines
 
 
 def _parse(path: Path, lines: list[bytes]) -> Journal:

@@ -7,6 +7,7 @@ it is the only copy of that shard's tensors, so nothing removes it but the same 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,8 @@ from rawmerge.output.folder_lock import locked_folder
 SUFFIX: Final = ".rawmerge-unfinished"
 STAGED_NAME: Final = "output"
 REPLACED_NAME: Final = f"{STAGED_NAME}-old"  # as StagingDirectory names it
+#: Names of folders that were being removed: whoever finds one may go on with it.
+GONE: Final = re.compile(r"\.rawmerge-\d+-[0-9a-f]{8}-old")
 _OWN_NAMES: Final = {JOURNAL_NAME, STAGED_NAME, REPLACED_NAME}
 
 
@@ -110,7 +113,7 @@ class UnfinishedFolder:
         if self._foreign_names():
             self.clear()  # someone put something there: it stays
             return
-        gone = self.path.with_name(f".rawmerge-{os.getpid()}-{os.urandom(4).hex()}-old")
+        gone = self.path.with_name(f".rawmerge-{os.getpid()}-{os.urandom(4).hex()}-old")  # GONE knows it
         with suppress(OSError):
             self.path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)

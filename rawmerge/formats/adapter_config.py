@@ -7,10 +7,8 @@ Source: PEFT 0.21.2 `tuners/lora/config.py` (fields), `tuners/lora/layer.py` (sc
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from rawmerge.errors import AdapterError, Problem, ProblemCollector, UnsupportedAdapterError
@@ -22,8 +20,9 @@ from rawmerge.formats.adapter_fields import (
     unknown_field,
     unsupported_lora_fields,
 )
-from rawmerge.formats.adapter_values import as_regex, bad_common_values, bad_kind_values, bad_values
+from rawmerge.formats.adapter_values import bad_common_values, bad_kind_values, bad_values
 from rawmerge.formats.kind_fields import KindFields
+from rawmerge.formats.patterns import first_match
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -98,12 +97,16 @@ class AdapterConfig:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def rank_of(self, module_path: str) -> int:
-        """Return the rank that the config states for a module (path without `base_model.model.`)."""
-        return _first_match(self.rank_pattern, module_path, self.rank)
+        """Return the rank that the config states for a module (path without `base_model.model.`).
+
+        Raises:
+            AdapterError: finding it takes too many steps; so does `alpha_of`.
+        """
+        return _of_pattern(self.rank_pattern, module_path, self.rank, "rank_pattern")
 
     def alpha_of(self, module_path: str) -> float:
         """Return the alpha that the config states for a module."""
-        return _first_match(self.alpha_pattern, module_path, self.alpha)
+        return _of_pattern(self.alpha_pattern, module_path, self.alpha, "alpha_pattern")
 
     def scaling_of(self, module_path: str) -> float:
         """Return alpha / rank, or alpha / sqrt(rank) with rsLoRA: dimensionless."""
@@ -127,20 +130,15 @@ def is_saved_module(config: AdapterConfig, module_path: str) -> bool:
     Source: PEFT `utils/other.py` `_set_trainable`.
     """
     names = (*config.modules_to_save, *TASK_HEADS.get(config.task_type, ()))
-    parts = module_path.split(".")
-    return any(".".join(parts[: count + 1]).endswith(names) for count in range(len(parts)))
+    ends = (end for end, character in enumerate(f"{module_path}.") if character == ".")
+    return any(module_path.endswith(names, 0, end) for end in ends)
 
 
-def _first_match(pattern: Mapping[str, _T], module_path: str, default: _T) -> _T:
-    for key, value in pattern.items():
-        if _compiled(key).match(module_path):
-            return value
-    return pattern.get(module_path, default)  # PEFT takes a key that is the path itself, whatever it means as a regex
-
-
-@lru_cache(maxsize=65536)  # one key per module is common, and more than re keeps
-def _compiled(key: str) -> re.Pattern[str]:
-    return re.compile(as_regex(key))
+def _of_pattern(table: Mapping[str, _T], module_path: str, default: _T, field: str) -> _T:
+    found = first_match(table, module_path, field) if table else None
+    if found is not None:
+        return found
+    return table.get(module_path, default)  # PEFT takes a key that is the path itself, whatever it means as a regex
 
 
 def parse_adapter_config(

@@ -1,7 +1,7 @@
 """What each field of `adapter_config.json` may hold; what it means is in `adapter_config`.
 
-Source: PEFT 0.21.2 `tuners/lora/config.py` (types, and `__post_init__`), `utils/other.py` `get_pattern_key` (patterns)
-and `set_additional_trainable_modules` (token indices beside `modules_to_save`).
+Source: PEFT 0.21.2 `tuners/lora/config.py` (types, and `__post_init__`) and `utils/other.py`
+`set_additional_trainable_modules` (token indices beside `modules_to_save`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, Final
 
 from rawmerge.errors import Problem
 from rawmerge.formats.kind_fields import KindFields
+from rawmerge.formats.patterns import MAX_CHARACTERS, MAX_PATTERNS, MAX_REPEATS, as_regex, compiled, may_explode
 
-#: Repeats (`*`, `+`, `{…}`) that a pattern may have: each one more multiplies the time by the path's length.
-MAX_REPEATS: Final = 4
 #: Trained token rows, all modules together; vocabularies have up to some 300,000.
 MAX_TOKEN_INDICES: Final = 2**20
+#: Modules that are stored whole: each is looked for in the name of each tensor.
+MAX_SAVED_MODULES: Final = 10_000
 #: Layers of the model that `layer_replication` describes.
 MAX_LAYERS: Final = 10_000
 #: Values of `bias`: which trained biases the file holds.
@@ -62,32 +63,31 @@ def bad_kind_values(fields: Mapping[str, Any], kind: KindFields) -> Iterable[Pro
         yield Problem(kind.token_indices, _CHECKS["trainable_token_indices"][1], _describe(fields, kind.token_indices))
 
 
-def as_regex(key: str) -> str:
-    """Return the regular expression that PEFT makes of a key of `rank_pattern` or `alpha_pattern`."""
-    return rf"(.*\.)?({key})$"
-
-
 def _bad_pattern(fields: Mapping[str, Any], name: str, is_valid: Any) -> Iterable[Problem]:
     pattern = fields.get(name) or {}
     if not isinstance(pattern, dict):
         yield Problem(name, "a table from module pattern to number", _describe(fields, name))
         return
+    if len(pattern) > MAX_PATTERNS:
+        yield Problem(name, f"at most {MAX_PATTERNS} patterns", str(len(pattern)))
+        return
     for key, value in pattern.items():
         if not is_valid(value):
             yield Problem(f"{name}[{key[:80]!r}]", "a number that can be used", ascii(value)[:80])
-        try:
-            re.compile(as_regex(key))  # as it will be used: flags are legal at the start only
-        except (re.error, RecursionError, OverflowError) as error:
-            yield Problem(f"{name}[{key[:80]!r}]", "a regular expression", str(error)[:120])
-        if may_explode(key):
-            expected = f"at most {MAX_REPEATS} repeats, and none of a group: others can take for ever"
-            yield Problem(f"{name}[{key[:80]!r}]", expected, "more", "list the modules one by one")
+        yield from _bad_key(f"{name}[{key[:80]!r}]", key)
 
 
-def may_explode(key: str) -> bool:
-    """Whether matching could take exponential time, or a high power of the path's length."""
-    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", key)
-    return len(re.findall(r"[*+{]", plain)) > MAX_REPEATS or bool(re.search(r"\)[*+{]", plain))
+def _bad_key(subject: str, key: str) -> Iterable[Problem]:
+    if len(key) > MAX_CHARACTERS:
+        yield Problem(subject, f"a pattern of at most {MAX_CHARACTERS} characters", f"one of {len(key)}")
+        return
+    try:
+        compiled(as_regex(key))  # as it will be used: flags are legal at the start only
+    except (re.error, RecursionError, OverflowError) as error:
+        yield Problem(subject, "a regular expression", str(error)[:120])
+    if may_explode(key):
+        expected = f"at most {MAX_REPEATS} repeats, and none of a group: others can take for ever"
+        yield Problem(subject, expected, "more", "list the modules one by one")
 
 
 def _is_rank(value: object) -> bool:
@@ -123,6 +123,10 @@ def _is_text(value: object) -> bool:
 
 def _is_list_of_names(value: object) -> bool:
     return not value or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_list_of_modules(value: Any) -> bool:
+    return _is_list_of_names(value) and len(value or ()) <= MAX_SAVED_MODULES
 
 
 def _is_list_of_parameters(value: object) -> bool:
@@ -184,7 +188,7 @@ _CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "lora_bias": (_is_switch, "true or false"),
     "ensure_weight_tying": (_is_switch, "true or false"),
     "bias": (lambda value: value in BIASES, f"one of {', '.join(BIASES)}"),
-    "modules_to_save": (_is_list_of_names, "a list of module names"),
+    "modules_to_save": (_is_list_of_modules, f"a list of module names, at most {MAX_SAVED_MODULES}"),
     "target_parameters": (_is_list_of_parameters, "a list of parameter names"),
     "target_modules": (_is_names_or_pattern, "a pattern or a list of module names"),
     "exclude_modules": (_is_names_or_pattern, "a pattern or a list of module names"),

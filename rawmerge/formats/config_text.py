@@ -55,19 +55,37 @@ def insert_value(text: str, key: str, value: Any, path: tuple[str, ...] = ()) ->
     Raises:
         KeyError: there is no object at `path`.
     """
-    close = _object_end(text, path) - 1
-    body, indent = text[:close].rstrip(), "  " * len(path)
-    comma = "" if body.endswith("{") else ","
-    laid_out = json.dumps(value, indent=2).replace("\n", f"\n{indent}  ")
-    return f"{body}{comma}\n{indent}  {json.dumps(key)}: {laid_out}\n{indent}{text[close:]}"
+    return insert_values(text, key, {path: value})
 
 
-def _object_end(text: str, path: tuple[str, ...]) -> int:
-    """Return the position behind the object at `path`."""
-    if not path:
-        return text.rindex("}") + 1
-    ends = {member.path: member.end for member in _members(text) if text[member.start] == "{"}
-    return ends[path]
+def insert_values(text: str, key: str, values: Mapping[tuple[str, ...], Any]) -> str:
+    """Return `text`, a JSON object, with one more member of the same name at the end of several of its objects.
+
+    The text is gone through once, however many there are: a stranger's config may nest thousands of objects.
+
+    Args:
+        text: a JSON object.
+        key: the new members' name, which these objects must not have.
+        values: path of keys from the top to the object, to its new member's value, laid out as in `insert_value`.
+
+    Raises:
+        KeyError: there is no object at a path.
+    """
+    ends = _object_ends(text, has_nested=any(values))
+    pieces, position = [], 0
+    for close, path in sorted((ends[path] - 1, path) for path in values):  # an inner object closes before its outer one
+        body, indent = text[position:close].rstrip(), "  " * len(path)
+        comma = "" if body.endswith("{") else ","
+        laid_out = json.dumps(values[path], indent=2).replace("\n", f"\n{indent}  ")
+        pieces += [body, f"{comma}\n{indent}  {json.dumps(key)}: {laid_out}\n{indent}"]
+        position = close
+    return "".join([*pieces, text[position:]])
+
+
+def _object_ends(text: str, *, has_nested: bool) -> dict[tuple[str, ...], int]:
+    """Return path to the position behind the object there, of the top one alone where no other is asked for."""
+    members = _members(text) if has_nested else ()
+    return {(): text.rindex("}") + 1, **{at.path: at.end for at in members if text[at.start] == "{"}}
 
 
 def _members(text: str) -> list[_Member]:

@@ -25,8 +25,14 @@ ALPHA_SUFFIX: Final = ".alpha"
 _KOHYA_NAME: Final = re.compile(r".+\.(lora_(down|up)(\.[^.]+)?\.weight|hada_w[12]_[ab]|lokr_w[12](_[ab])?)")
 _ALPHA_FORMATS: Final = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 _MLX_PARAMETERS: Final = frozenset({"rank", "scale", "dropout", "keys", "alpha"})
-#: What mlx-community's conversions are called.
-_MLX_COPY: Final = re.compile(r"([-_](mlx|[a-z]*[0-9]+[-_]?bits?|bf16|fp16|fp32|4bit[\w.-]*|8bit[\w.-]*|dwq))+$", re.I)
+#: What mlx-community's conversions are called; what follows `4bit` stands once, at the end, else it takes for ever.
+_MLX_COPY: Final = re.compile(
+    r"([-_](mlx|[a-z]*[0-9]+[-_]?bits?|bf16|fp16|fp32|dwq))*[-_](mlx|[a-z]*[0-9]+[-_]?bits?|bf16|fp16|fp32|dwq"
+    r"|[48]bit[\w.-]*)$",
+    re.IGNORECASE,
+)
+#: Longer names are no repo's: the hub allows 96 characters.
+_LONGEST_NAME: Final = 200
 
 
 def is_kohya(names: Iterable[str]) -> bool:
@@ -86,7 +92,7 @@ def mlx_config(fields: Mapping[str, Any], path: str) -> AdapterConfig:
             cannot be used. All of them at once.
     """
     kind = fields.get("fine_tune_type") or ("dora" if fields.get("use_dora") is True else "lora")
-    if kind not in {"lora", "dora"}:
+    if kind not in ("lora", "dora"):  # no set: a stranger's value may have no hash
         hint = "a full fine-tuning holds whole tensors in MLX's own layout, not an adapter" if kind == "full" else ""
         raise UnsupportedAdapterError(Problem("fine_tune_type", "lora or dora", ascii(kind)[:80], hint))
     parameters = fields.get("lora_parameters")
@@ -137,4 +143,4 @@ def _unclear_alpha(fields: Mapping[str, Any], parameters: Mapping[str, Any]) -> 
 def _mlx_base_name(model: object) -> str:
     """Return the last part of the base's name without MLX's marks: its conversions are repos of their own."""
     name = model.replace("\\", "/").rstrip("/").rpartition("/")[2] if isinstance(model, str) else ""
-    return "" if name == "mlx_model" else _MLX_COPY.sub("", name)
+    return name if len(name) > _LONGEST_NAME else "" if name == "mlx_model" else _MLX_COPY.sub("", name)

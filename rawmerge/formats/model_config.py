@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rawmerge.errors import CheckpointError, Problem
-from rawmerge.formats.config_text import insert_value, replace_values
+from rawmerge.formats.config_text import insert_values, replace_values
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")
@@ -139,13 +139,13 @@ def with_untied_embeddings(config: ModelConfig, text: str) -> str:
     Source: transformers 5.24 `modeling_utils.py` (`get_expanded_tied_weights_keys`, which asks each sub-model's own
     config) and `models/llava/configuration_llava.py` (which takes the text config's tie over).
     """
-    edited = replace_values(text, dict.fromkeys((path for path, _ in _stated_ties(config.fields, ())), False))
-    for path, fields in config.text_sides():
-        if TIE_KEY in fields and fields[TIE_KEY] is None:
-            edited = replace_values(edited, {(*path, TIE_KEY): False})
-        elif TIE_KEY not in fields and (not path or _ties_unsaid(fields)):
-            edited = insert_value(edited, TIE_KEY, False, path)
-    return edited
+    stated = [path for path, _ in _stated_ties(config.fields, ())]
+    sides = dict(config.text_sides())
+    null = [(*path, TIE_KEY) for path, fields in sides.items() if TIE_KEY in fields and fields[TIE_KEY] is None]
+    unsaid = [path for path, fields in sides.items() if TIE_KEY not in fields and (not path or _ties_unsaid(fields))]
+    return insert_values(
+        replace_values(text, dict.fromkeys([*stated, *null], False)), TIE_KEY, dict.fromkeys(unsaid, False)
+    )
 
 
 def _stated_ties(fields: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:

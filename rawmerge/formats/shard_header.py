@@ -1,7 +1,8 @@
 """The header of one safetensors file: bytes to `ShardHeader` and back, with every rule of the format checked.
 
 Source: safetensors 0.8, README section "Format" and `Metadata::validate` in `safetensors/src/tensor.rs`. Stricter
-than it: duplicate keys, unknown fields of a tensor's entry, more than 64 dimensions and sizes past 2**63 are refused.
+than it: duplicate keys, unknown fields of a tensor's entry, more than 64 dimensions, sizes past 2**63 and names of more
+than 4096 characters are refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 LENGTH_PREFIX: Final = struct.Struct("<Q")
 MAX_HEADER_BYTES: Final = 100_000_000
 MAX_RANK: Final = 64
+#: Of a tensor's name: looking for its module takes a time that grows faster than its length.
+MAX_NAME_CHARACTERS: Final = 4096
 ALIGNMENT: Final = 8
 _METADATA: Final = "__metadata__"
 _ENTRY_FIELDS: Final = {"dtype", "shape", "data_offsets"}
@@ -142,6 +145,8 @@ def _parse_metadata(value: object, path: str) -> dict[str, str] | None:
 
 
 def _parse_entry(name: str, fields: object, path: str) -> TensorEntry:
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise _broken(path, f"names of at most {MAX_NAME_CHARACTERS} characters", f"one of {len(name)}: {quote(name)}")
     if not isinstance(fields, dict) or set(fields) != _ENTRY_FIELDS:
         raise _broken(path, f"tensor {quote(name)} to have dtype, shape and data_offsets", _field_names(fields))
     dtype = fields["dtype"]

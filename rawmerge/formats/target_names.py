@@ -11,7 +11,7 @@ from typing import Final
 
 from rawmerge.errors import AdapterError, Problem
 from rawmerge.formats.adapter_config import TASK_HEADS, AdapterConfig, matches_target
-from rawmerge.formats.adapter_values import MAX_REPEATS, may_explode
+from rawmerge.formats.patterns import MAX_CHARACTERS, MAX_REPEATS, compiled, fits_whole, may_explode
 
 #: The first number below a list of modules: PEFT's layer, where the config names no other list.
 _ANY_LAYER: Final = r".*?\.[^.]*"
@@ -30,8 +30,7 @@ def is_targeted(config: AdapterConfig, path: str) -> bool:
 def _fits(targets: str | tuple[str, ...], path: str) -> bool:
     if not isinstance(targets, str):
         return matches_target(targets, path)
-    pattern = _compiled(targets)
-    return pattern is not None and pattern.fullmatch(path) is not None
+    return _is_pattern(targets) and fits_whole(targets, path, "target_modules")
 
 
 def _layer(config: AdapterConfig, path: str) -> int | None:
@@ -43,16 +42,18 @@ def _layer(config: AdapterConfig, path: str) -> int | None:
 
 
 @lru_cache(maxsize=64)
-def _compiled(pattern: str) -> re.Pattern[str] | None:
-    """Return the pattern, None for one that PEFT could not have trained with.
+def _is_pattern(text: str) -> bool:
+    """Return whether a text is a pattern; PEFT could not have trained with one that is none.
 
     Raises:
         AdapterError: matching it could take for ever.
     """
-    if may_explode(pattern):
-        expected = f"at most {MAX_REPEATS} repeats, and none of a group: others can take for ever"
-        raise AdapterError(Problem("target_modules", expected, ascii(pattern)[:80], "list the modules one by one"))
+    if len(text) > MAX_CHARACTERS or may_explode(text):
+        expected = f"at most {MAX_CHARACTERS} characters and {MAX_REPEATS} repeats, none of a group"
+        found = f"{ascii(text)[:80]}, which can take for ever"
+        raise AdapterError(Problem("target_modules", expected, found, "list the modules one by one"))
     try:
-        return re.compile(pattern)
+        compiled(text)
     except (re.error, RecursionError, OverflowError):
-        return None
+        return False
+    return True

@@ -26,6 +26,7 @@ _LOCAL_HEADER: Final = struct.Struct("<4sHHHHHIIIHH")
 _ENCRYPTED: Final = 1
 #: Most bytes of a zip's list of members that are read.
 _MAX_DIRECTORY: Final = 64 * 2**20
+_ORDER: Final = b"little"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,12 @@ class _Member:
     size: int
 
 
+class _OutsideError(OSError, zipfile.BadZipFile):
+    """A place outside of the file: zipfile awaits the first where it only tries, and raises the second itself."""
+
+
 class _Bounded:
-    """A file of which no more than a bounded part is read at once, whatever it says of itself."""
+    """A file of which no more than a bounded part is read at once, and nothing outside, whatever it says of itself."""
 
     def __init__(self, file: BufferedReader, size: int) -> None:
         self._file = file
@@ -77,7 +82,10 @@ class _Bounded:
         return self._file.read(wanted)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
+        place = offset + (0, self._file.tell(), self._size)[whence]
+        if not 0 <= place <= self._size:
+            raise _OutsideError("a list of members that leads out of the file")
+        return self._file.seek(place)
 
     def tell(self) -> int:
         return self._file.tell()
@@ -102,14 +110,15 @@ def read_tensor_archive(file: BufferedReader, size: int, path: str) -> TensorArc
         hint = "torch before 1.6 wrote other files: load it with PEFT, and save it with safe_serialization=True"
         raise AdapterError(Problem(path, "a zip archive, as torch.save writes", "another format", hint))
     try:
-        with zipfile.ZipFile(cast(IO[bytes], _Bounded(file, size))) as archive:
-            members = _members(archive, file, path)
+        bounded = _Bounded(file, size)
+        with zipfile.ZipFile(cast(IO[bytes], bounded)) as archive:
+            members = _members(archive, bounded, path)
             root = _root(members, path)
             raw = archive.read(f"{root}/data.pkl")
-            order = archive.read(f"{root}/byteorder") if f"{root}/byteorder" in members else b"little"
+            order = archive.read(f"{root}/byteorder") if f"{root}/byteorder" in members else _ORDER
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, struct.error, EOFError) as error:
         raise _broken(path, "a zip archive, as torch.save writes", f"a damaged one ({error})") from error
-    if order != b"little":
+    if order != _ORDER:
         raise _broken(path, "values with the low byte first", "another order")
     pickled = parse_tensor_pickle(raw, path)
     tensors = tuple(_locate(name, tensor, members, root, path) for name, tensor in pickled.items())
@@ -118,7 +127,7 @@ def read_tensor_archive(file: BufferedReader, size: int, path: str) -> TensorArc
     return TensorArchive(tensors, hashlib.sha256(json.dumps(listed).encode()).hexdigest())
 
 
-def _members(archive: zipfile.ZipFile, file: BufferedReader, path: str) -> dict[str, _Member]:
+def _members(archive: zipfile.ZipFile, file: _Bounded, path: str) -> dict[str, _Member]:
     """Return the members that lie in the file as they are, one after another."""
     members: dict[str, _Member] = {}
     end = 0
@@ -147,6 +156,9 @@ def _root(members: Mapping[str, _Member], path: str) -> str:
         raise _broken(path, "a table of tensors, as torch.save writes", "another archive, such as a TorchScript module")
     if members[f"{roots[0]}/data.pkl"].size > MAX_PICKLE_BYTES:
         raise _broken(path, f"a pickle of at most {MAX_PICKLE_BYTES} bytes", "a larger one")
+    order = members.get(f"{roots[0]}/byteorder")
+    if order and order.size > len(_ORDER):  # it is read whole
+        raise _broken(path, "values with the low byte first", "another order")
     return roots[0]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rawmerge.errors import AdapterError, Problem, quote
+from rawmerge.formats.shard_header import MAX_NAME_CHARACTERS
 
 #: Longest pickle that is read; one of ten thousand tensors takes some two megabytes.
 MAX_PICKLE_BYTES: Final = 8 * 2**20
@@ -204,6 +205,8 @@ class _Machine:
         for name, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(name, str):  # as keys, other values take time, or the process, to hash
                 raise self._refuse("names that are text", _kind_of(name))
+            if len(name) > MAX_NAME_CHARACTERS:
+                raise self._refuse(f"names of at most {MAX_NAME_CHARACTERS} characters", f"one of {len(name)}")
             if isinstance(table.get(name), PickledTensor):
                 raise self._refuse("each tensor once", f"{quote(name)} twice")
             table[name] = value
@@ -237,9 +240,11 @@ class _Machine:
         return tensor
 
     def _make_tensor(self, arguments: tuple[Any, ...]) -> PickledTensor:
-        storage, first, shape, strides, *_ = arguments
+        storage, first, shape, strides, _, _, *metadata = arguments
         if not isinstance(storage, Storage) or not _is_size(first) or not _is_shape(shape) or not _is_shape(strides):
             raise TypeError("not a tensor")
+        if metadata not in ([], [None], [{}]):  # such as that the values are the negatives of those that are stored
+            raise self._refuse("tensors that are what is stored", "one with more to know of it")
         count = 1
         expected = []
         for size in reversed(shape):

@@ -62,8 +62,12 @@ class BaseCheckpoint:
         return self.root != self.shards[0].path
 
 
-def read_base(root: Path) -> BaseCheckpoint:
+def read_base(root: Path, config: ModelConfig | None = None) -> BaseCheckpoint:
     """Return the base at `root`, a directory or one safetensors file.
+
+    Args:
+        root: where it lies.
+        config: taken in place of its `config.json`, which is not read then.
 
     Raises:
         MissingFileError: there is no checkpoint at `root`, or a shard is missing.
@@ -80,7 +84,7 @@ def read_base(root: Path) -> BaseCheckpoint:
     if weight_map:
         _check_index(weight_map, shards)
     tensors = _gather_tensors(shards)
-    config = _read_config(directory / CONFIG_NAME)
+    config = config or _read_config(directory / CONFIG_NAME)
     contents = tuple(ShardContents(shard, tuple(shard.sources())) for shard in shards)
     return BaseCheckpoint(root, shards, contents, tensors, weight_map, index_raw.decode(), config)
 

@@ -155,11 +155,20 @@ def read_shard_file(path: Path) -> ShardFile:
         ShardFormatError: its header breaks the format.
     """
     with open_regular_file(path, "a readable safetensors file") as (descriptor, size):
-        prefix = os.pread(descriptor, LENGTH_PREFIX.size, 0)
+        prefix = _read_range(descriptor, LENGTH_PREFIX.size, 0)
         length = parse_header_length(prefix, size, str(path))
-        raw = os.pread(descriptor, length, LENGTH_PREFIX.size)
+        raw = _read_range(descriptor, length, LENGTH_PREFIX.size)
         data_bytes = size - LENGTH_PREFIX.size - length
         return ShardFile(path, size, parse_shard_header(raw, data_bytes, str(path)))
+
+
+def _read_range(descriptor: int, byte_count: int, offset: int) -> bytes:
+    """Return bytes from `offset` on, fewer where the file ends; one call may return less than there is."""
+    parts = []
+    while byte_count and (part := os.pread(descriptor, byte_count, offset)):
+        parts.append(part)
+        byte_count, offset = byte_count - len(part), offset + len(part)
+    return b"".join(parts)
 
 
 def read_pickle_file(path: Path) -> PickleFile:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rawmerge.formats.adapter_values import MAX_REPEATS, may_explode
 from rawmerge.formats.kind_fields import Field, KindFields
+from rawmerge.formats.patterns import MAX_CHARACTERS, MAX_REPEATS, compiled, fits_whole, may_explode
 from rawmerge.methods.delta import PreparedChange, upcast
 from rawmerge.methods.interface import (
     AdapterKind,
@@ -141,7 +141,7 @@ def _stated_feedforward(module: TargetModule) -> bool | None:
     if names is None:
         return None
     if isinstance(names, str):
-        return re.fullmatch(names, module.path) is not None
+        return fits_whole(names, module.path, "feedforward_modules")
     return any(module.path.endswith(name) for name in names)  # dot or not, as PEFT
 
 
@@ -151,10 +151,10 @@ def _is_names(value: list[Any]) -> bool:
 
 def _is_pattern(value: Any) -> bool:
     """Whether a value is a regular expression that takes no exponential time."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > MAX_CHARACTERS:
         return False
     try:
-        re.compile(value)
+        compiled(value)
     except (re.error, RecursionError, OverflowError):
         return False
     return not may_explode(value)

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from rawmerge.computing.survival import Survival
 from rawmerge.errors import RefusedError
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.inputs.file_status import FileStatus, file_status
 from rawmerge.inputs.tensor_source import read_small_file
+from rawmerge.output.survivals import parse_survivals, survival_fields
 from rawmerge.user_cache import cache_folder, replace_text
 
-FORMAT: Final = "rawmerge-output-1"
+FORMAT: Final = "rawmerge-output-2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +34,13 @@ class MadeShard:
         identity: what it was made from and how, of `rawmerge.output.shard_identity`.
         status: the file's.
         unchanged: its updated tensors of which no element differs from the base.
+        survivals: what rounding left of the deltas of its updated tensors.
     """
 
     identity: str
     status: FileStatus
     unchanged: tuple[str, ...]
+    survivals: Mapping[str, Survival]
 
 
 def reusable_shards(output: Path, identities: Mapping[str, str], made: Mapping[str, MadeShard]) -> dict[str, MadeShard]:
@@ -44,7 +48,7 @@ def reusable_shards(output: Path, identities: Mapping[str, str], made: Mapping[s
     return {
         name: shard
         for name, shard in made.items()
-        if identities.get(name) == shard.identity and _is_as_made(output / name, shard.status)
+        if identities.get(name) == shard.identity and is_as_made(output / name, shard.status)
     }
 
 
@@ -52,10 +56,12 @@ def take_shard(output: Path, name: str, made: MadeShard, folder: Path) -> bool:
     """Give a shard of the output a second name in `folder`; the output keeps its own until it is replaced.
 
     Returns:
-        Whether it was possible; if not, nothing stands in `folder`.
+        Whether it was possible, and its mode that of a new file; if not, nothing stands in `folder`.
     """
     target = folder / name
     try:
+        if not has_new_mode(output / name, folder):
+            return False
         os.link(output / name, target, follow_symlinks=False)
     except OSError:  # a file system without links; or the shard has gone
         return False
@@ -71,17 +77,14 @@ def read_made_shards(output: Path) -> dict[str, MadeShard]:
         document = parse_json_object(read_small_file(_memory_path(output)))
         if document.get("format") != FORMAT:
             return {}
-        return {name: _parse(fields) for name, fields in document["shards"].items()}
+        return {name: parse_made(fields) for name, fields in document["shards"].items()}
     except (RefusedError, StrictJsonError, OSError, LookupError, TypeError, ValueError, AttributeError):
         return {}
 
 
 def remember_shards(output: Path, made: Mapping[str, MadeShard]) -> None:
     """Write down what was published; silently nothing where the cache folder cannot be written."""
-    shards = {
-        name: {"identity": shard.identity, "status": shard.status, "unchanged": shard.unchanged}
-        for name, shard in made.items()
-    }
+    shards = {name: made_fields(shard) for name, shard in made.items()}
     text = json.dumps({"format": FORMAT, "output": ascii(os.path.realpath(output)), "shards": shards}, indent=1)
     with contextlib.suppress(OSError):
         replace_text(_memory_path(output), text)
@@ -103,16 +106,36 @@ def _memory_path(output: Path) -> Path:
     return cache_folder() / "outputs" / f"{hashlib.sha256(os.fsencode(os.path.realpath(output))).hexdigest()}.json"
 
 
-def _is_as_made(path: Path, status: FileStatus) -> bool:
-    """Whether the file is untouched, and goes by no other name, which would be changed along with it."""
+def is_as_made(path: Path, status: FileStatus) -> bool:
+    """Whether a file is untouched, and goes by no other name, which would be changed along with it."""
     try:
         return not path.is_symlink() and path.stat().st_nlink == 1 and file_status(path) == status
     except OSError:
         return False
 
 
-def _parse(fields: Any) -> MadeShard:
+def has_new_mode(path: Path, folder: Path) -> bool:
+    """Whether a file has the mode that a file made now in a folder that was made now would have.
+
+    Raises:
+        OSError: one cannot be looked at.
+    """
+    return path.stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
+
+
+def made_fields(made: MadeShard) -> dict[str, Any]:
+    """Return what is remembered of a shard as JSON."""
+    survivals = survival_fields(made.survivals)
+    return {"identity": made.identity, "status": made.status, "unchanged": made.unchanged, "survivals": survivals}
+
+
+def parse_made(fields: Any) -> MadeShard:
+    """Return what `made_fields` gave.
+
+    Raises:
+        AttributeError, LookupError, TypeError, ValueError: it is something else.
+    """
     status = FileStatus(*fields["status"])
     if not all(type(value) is int for value in status) or not all(type(name) is str for name in fields["unchanged"]):
         raise TypeError("numbers and names were expected")
-    return MadeShard(fields["identity"], status, tuple(fields["unchanged"]))
+    return MadeShard(fields["identity"], status, tuple(fields["unchanged"]), parse_survivals(fields["survivals"]))

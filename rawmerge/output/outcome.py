@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from operator import eq
 from pathlib import Path
 
+from rawmerge.computing.survival import Survival
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
 
@@ -17,15 +19,18 @@ class Written:
 
     Attributes:
         unchanged: updated tensors of which no element changed.
-        linked: shards that are links to the base's; reused: those taken from the replaced output; consumed: base
-            shards that were deleted.
+        survivals: what rounding left of the delta of each updated tensor.
+        linked: shards that are links to the base's; reused: those taken from the replaced output; resumed: those that
+            a merge that was cut off had finished; consumed: base shards that were deleted.
         spared_bytes: of shards that this run did not write: links, reused, or finished by an earlier run.
         notes: what a user may want to know.
     """
 
     unchanged: tuple[str, ...]
+    survivals: Mapping[str, Survival] = field(default_factory=dict)
     linked: int = 0
     reused: int = 0
+    resumed: int = 0
     consumed: int = 0
     spared_bytes: int = 0
     notes: tuple[str, ...] = ()
@@ -52,6 +57,21 @@ def count_steps(plan: MergePlan) -> dict[str, int]:
 def updated_names(shard: ShardPlan) -> tuple[str, ...]:
     """Return the shard's tensors that are updated, in file order."""
     return tuple(step.entry.name for step in shard.steps if isinstance(step, UpdateTensor) and step.updates)
+
+
+def shard_outcome(
+    shard: ShardPlan, changed: Collection[str], survivals: Mapping[str, Survival]
+) -> tuple[tuple[str, ...], dict[str, Survival]]:
+    """Return the updated tensors of a shard that did not change, and what rounding left of the others' deltas.
+
+    Args:
+        shard: the plan of the shard.
+        changed: updated tensors, of any shard, of which at least one element differs from the base.
+        survivals: what was measured, of any shard.
+    """
+    names = updated_names(shard)
+    unchanged = tuple(name for name in names if name not in changed)
+    return unchanged, {name: survivals[name] for name in names if name in survivals}
 
 
 def has_other_tensors(plan: MergePlan) -> bool:

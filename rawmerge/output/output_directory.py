@@ -11,6 +11,7 @@ from typing import Final
 
 from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import OutputError, Problem
+from rawmerge.inputs.hub_cache import is_in_hub_cache
 
 _MARGIN_BYTES: Final = 2**20  # directories, block ends and the record
 
@@ -95,6 +96,10 @@ def _overlaps(output: Path, policy: OutputPolicy) -> Iterable[Problem]:
     target, base = Path(os.path.realpath(output)), Path(os.path.realpath(policy.base_root))
     if target.is_relative_to(base):
         yield Problem(str(output), "an output apart from the base", f"one in {base}")
+        return
+    if is_in_hub_cache(output):
+        found, hint = f"one at {target}, which other programs share", "choose a folder of your own"
+        yield Problem(str(output), "an output apart from the hub's cache", found, hint)
         return
     for path in policy.input_files:  # shards may be links into the output
         source = Path(os.path.realpath(path))

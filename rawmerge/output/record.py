@@ -45,6 +45,11 @@ def record_text(plan: MergePlan, counts: Mapping[str, int], device: str = "cpu")
         "adapter_tensors": [_account(use) for use in plan.adapter_uses],
         "notes": list(plan.notes),
     }
+    return format_record(record)
+
+
+def format_record(record: Mapping[str, Any]) -> str:
+    """Return a record as text."""
     return json.dumps(record, indent=2, sort_keys=True) + "\n"
 
 

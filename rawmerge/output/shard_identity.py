@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ class ShardIdentities:
         self._all: dict[str, str] = {}
         self._digests: dict[TensorSource, str] = {}
         self._options = options
+        self._lock = threading.Lock()
         torch = sys.modules.get("torch")
         self._threads: int = torch.get_num_threads() if torch else 0  # before a merge changes it
 
@@ -59,26 +61,31 @@ class ShardIdentities:
         Raises:
             InputChangedError: the adapter is shorter than planned; OSError: it cannot be read.
         """
-        if not self._all:
-            surroundings = [*_surroundings(self._plan, self._options), self._threads]
-            with OpenFiles() as files:
-                self._all = {shard.name: self._of(shard, surroundings, files) for shard in self._plan.shards}
-        return self._all
+        with self._lock:  # who notes the first finished shard may come before whoever prepares
+            if not self._all:
+                surroundings = [*_surroundings(self._plan, self._options), self._threads]
+                with OpenFiles() as files:
+                    self._all = {shard.name: self._of(shard, surroundings, files) for shard in self._plan.shards}
+            return self._all
 
     def changed_files(self) -> set[str]:
         """Return the inputs that are no longer as they were when this was made, as far as files tell.
 
         A file written so short a time before that a later write might have left its times alone counts as changed.
         """
-        return {
-            path
-            for path, status in self._statuses.items()
-            if self._made < status.changed_ns + TICK_NS or _status_or_none(path) != status
-        }
+        return set(filter(self._has_changed, self._statuses))
+
+    def is_sure(self, name: str) -> bool:
+        """Whether all files that a shard is made from are as they were, once its identity has been asked for."""
+        return not any(map(self._has_changed, self.inputs_of(name)))
 
     def inputs_of(self, name: str) -> set[str]:
         """Return the files that a shard is made from, once its identity has been asked for."""
         return self._inputs[name]
+
+    def _has_changed(self, path: str) -> bool:
+        status = self._statuses[path]
+        return self._made < status.changed_ns + TICK_NS or _status_or_none(path) != status
 
     def _of(self, shard: ShardPlan, surroundings: list[Any], files: OpenFiles) -> str:
         inputs = self._inputs[shard.name] = set()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rawmerge.inputs.file_status import FileStatus
-from rawmerge.merge_plan import MergePlan
+from rawmerge.computing.survival import Survival
+from rawmerge.inputs.file_status import FileStatus, file_status
+from rawmerge.merge_plan import MergePlan, ShardPlan
 from rawmerge.output.earlier_output import (
     MadeShard,
     read_made_shards,
@@ -18,8 +19,9 @@ from rawmerge.output.earlier_output import (
     take_shard,
 )
 from rawmerge.output.linking import link_shard
-from rawmerge.output.outcome import updated_names
+from rawmerge.output.outcome import shard_outcome, updated_names
 from rawmerge.output.shard_identity import ShardIdentities
+from rawmerge.output.shard_journal import ShardJournal
 from rawmerge.output.untouched_shards import untouched_shards
 from rawmerge.run_request import RunRequest
 
@@ -31,18 +33,43 @@ class ShardOrigins:
     Attributes:
         links: output shard name to the base shard that it will be a link to.
         reused: output shard name to what is remembered of the same shard in the output that is replaced.
+        resumed: output shard name to what is remembered of it: finished by a merge that was cut off.
         identities: by what made shards will be remembered; None where nothing is to be.
+        journal: where finished shards are noted; None where they are not.
         notes: what became of them that a user may want to know.
     """
 
     links: dict[str, str] = field(default_factory=dict)
     reused: dict[str, MadeShard] = field(default_factory=dict)
+    resumed: dict[str, MadeShard] = field(default_factory=dict)
     identities: ShardIdentities | None = None
+    journal: ShardJournal | None = None
     notes: list[str] = field(default_factory=list)
 
     def byte_count(self, plan: MergePlan) -> int:
         """Return how many bytes of shards take no new space."""
-        return sum(shard.byte_count for shard in plan.shards if shard.name in self.links or shard.name in self.reused)
+        taken = self.taken_names
+        return sum(shard.byte_count for shard in plan.shards if shard.name in taken)
+
+    @property
+    def taken_names(self) -> set[str]:
+        """Output shards that are not made."""
+        return {*self.links, *self.reused, *self.resumed}
+
+    def note_finished(
+        self, shard: ShardPlan, path: Path, changed: Collection[str], survivals: Mapping[str, Survival]
+    ) -> None:
+        """Note a shard that is durable, if it is sure what it was made from.
+
+        Raises:
+            InputChangedError: the adapter is shorter than planned; OSError: a file cannot be read.
+        """
+        if self.journal is None or self.identities is None:
+            return
+        digest = self.identities.of_all()[shard.name]
+        if self.identities.is_sure(shard.name):
+            outcome = shard_outcome(shard, changed, survivals)
+            self.journal.note(shard.name, MadeShard(digest, file_status(path), *outcome))
 
     def take(self, output: Path, folder: Path) -> None:
         """Put the shards in `folder`, the new output; one that cannot be linked is dropped here, so that it is made.
@@ -59,11 +86,15 @@ class ShardOrigins:
                 del self.reused[name]
 
     def changed_names(self, plan: MergePlan) -> set[str]:
-        """Return the updated tensors of reused shards that differ from the base's."""
-        reused = [shard for shard in plan.shards if shard.name in self.reused]
-        return {
-            name for shard in reused for name in updated_names(shard) if name not in self.reused[shard.name].unchanged
-        }
+        """Return the updated tensors of shards that were made before which differ from the base's."""
+        made = self.reused | self.resumed
+        shards = [shard for shard in plan.shards if shard.name in made]
+        return {name for shard in shards for name in updated_names(shard) if name not in made[shard.name].unchanged}
+
+    def survivals(self) -> dict[str, Survival]:
+        """Return what rounding left of the deltas of shards that were made before."""
+        made = self.reused | self.resumed
+        return {name: item for shard in made.values() for name, item in shard.survivals.items()}
 
 
 def find_origins(request: RunRequest) -> ShardOrigins:
@@ -88,7 +119,11 @@ def find_origins(request: RunRequest) -> ShardOrigins:
 
 
 def remember_output(
-    request: RunRequest, origins: ShardOrigins, staged: Mapping[str, FileStatus], unchanged: set[str]
+    request: RunRequest,
+    origins: ShardOrigins,
+    staged: Mapping[str, FileStatus],
+    changed: Collection[str],
+    survivals: Mapping[str, Survival],
 ) -> None:
     """Remember the shards of a published output, for a merge that will replace it.
 
@@ -96,7 +131,8 @@ def remember_output(
         request: what was written.
         origins: how its shards came to be.
         staged: shard name to its file's status before it was published; one that was touched since is forgotten.
-        unchanged: updated tensors of which no element differs from the base.
+        changed: updated tensors of which an element differs from the base.
+        survivals: what rounding left of the delta of each updated tensor.
     """
     identities = origins.identities
     if identities is None:
@@ -104,11 +140,7 @@ def remember_output(
     digests, changed_inputs = identities.of_all(), identities.changed_files()
     published = statuses(request.output, staged)
     made = {
-        shard.name: MadeShard(
-            digests[shard.name],
-            published[shard.name],
-            tuple(name for name in updated_names(shard) if name in unchanged),
-        )
+        shard.name: MadeShard(digests[shard.name], published[shard.name], *shard_outcome(shard, changed, survivals))
         for shard in request.plan.shards
         if shard.name in published
         and published[shard.name].has_same_content(staged[shard.name])

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
+from rawmerge.computing.survival import Survival
 from rawmerge.engine.shard_writer import OutputFile
 from rawmerge.errors import InputChangedError, quote
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.outcome import count_steps
-from rawmerge.output.record import record_text
+from rawmerge.output.record import format_record, record_text
 from rawmerge.output.staging_directory import StagingDirectory
+from rawmerge.output.survivals import survival_records
 
 
 def write_small_files(plan: MergePlan, staging: StagingDirectory, device: str = "cpu") -> None:
-    """Write them durably; the adapter is read once, for its checksum.
+    """Write them durably; the adapter is read once, for its checksum. `complete_record` goes on with the record.
 
     Raises:
         InputChangedError: a side file is not as planned; OSError: a file operation failed.
@@ -24,6 +28,16 @@ def write_small_files(plan: MergePlan, staging: StagingDirectory, device: str = 
     for file in plan.written_files:
         staging.write_text(file.name, file.text)
     staging.write_text(RECORD_NAME, record_text(plan, count_steps(plan), device))
+
+
+def complete_record(staging: StagingDirectory, survivals: Mapping[str, Survival]) -> None:
+    """Add to the record, durably, what rounding left of the deltas, which is known when the shards are made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    record = json.loads((staging.path / RECORD_NAME).read_text())
+    staging.replace_text(RECORD_NAME, format_record(record | {"surviving": survival_records(survivals)}))
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The directory in which an output is made: in a hidden folder beside it, published by one rename, or removed."""
+"""The directory in which an output is made: in a hidden folder beside it, published by one rename, kept, or removed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import hashlib
 import os
 import shutil
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from rawmerge.errors import OutputError, Problem, quote
+from rawmerge.byte_sizes import format_bytes
+from rawmerge.errors import OutputError, Problem, RawmergeError, quote
+from rawmerge.file_errors import named_errors
 from rawmerge.output.folder_lock import locked_folder
 from rawmerge.output.output_directory import OutputPolicy, looks_like_checkpoint
 from rawmerge.signals import HeldSignals
@@ -21,33 +24,40 @@ _TAG: Final = "rawmerge"
 #: What systems answer to a rename onto a directory that holds something: XFS the second.
 _NOT_EMPTY: Final = {errno.ENOTEMPTY, errno.EEXIST}
 #: The output in its hidden folder.
-_STAGED: Final = "output"
+STAGED_NAME: Final = "output"
 #: So much of an output's name is in that of the directory that it is made in; a name of 255 bytes holds it anyway.
 _SHOWN: Final = 40
 #: Linux, include/uapi/linux/fcntl.h and fs.h.
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+#: What a merge noted of its shards, in the hidden folder.
+JOURNAL_NAME: Final = "finished.jsonl"
 PUBLISHED_NOTE: Final = "the output was published before"
 
 
 class StagingDirectory:
-    """A new directory in a hidden folder beside the target; both are gone on leaving the block.
+    """A directory in a hidden folder beside the target; both are gone on leaving the block, as a rule.
 
-    The folder's name follows from the target's, so that a second merge to it is noticed, and what one that was killed
+    The folder's name follows from the target's, so that a second merge to it is noticed, and what one that was cut off
     left. It is locked, and holds what is replaced until that is removed.
 
     Attributes:
         output: the target.
+        folder: the hidden folder.
         path: the directory, in the hidden folder unless another is given.
-        notes: what was found in its place.
+        has_leftovers: whether a merge that was cut off had left something in the folder; `clear` removes it.
+        finished: returns the files of the directory that are of use to the next merge. They stay, and the folder with
+            them, where something from outside ends the block: the system, or a signal.
     """
 
     def __init__(self, output: Path, path: Path | None = None) -> None:
         self.output = output
-        self._folder = hidden_beside(output)
-        self.path = path or self._folder / _STAGED
+        self.folder = hidden_beside(output)
+        self.path = path or self.folder / STAGED_NAME
+        self.has_leftovers = False
+        self.finished: Callable[[], Collection[str]] = tuple
         self._is_hidden = path is None
-        self.notes: list[str] = []
+        self._keeps_folder = False
         self._lock = ExitStack()
         self._created: list[Path] = []
         self._published = False
@@ -64,11 +74,41 @@ class StagingDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()  # the folder goes
+        if error is not None and not self._published and comes_from_outside(error) and self.finished():
+            self._keep(error)
+        self._lock.close()  # the folder goes, unless it is kept
         if not self._published:
             remove_folders(self._created)
         elif error is not None:
             error.add_note(PUBLISHED_NOTE)
+
+    def clear(self, kept: Collection[str] = ()) -> None:
+        """Remove from the folder what a merge that was cut off left, but the files of the directory that are named.
+
+        Raises:
+            OSError: something cannot be removed.
+        """
+        for entry in (*self.folder.iterdir(), *self.path.iterdir()):
+            if entry.parent == self.path and entry.name in kept:
+                continue
+            if entry != self.path and entry != self.folder / JOURNAL_NAME:
+                remove_entry(entry)
+
+    def adopt_mode(self, names: Collection[str]) -> None:
+        """Give the directory, and files in it, the modes that they would have if they were made now.
+
+        Raises:
+            OSError: one cannot be changed.
+        """
+        probe = self.folder / "mode"
+        if os.path.lexists(probe):  # of a merge that was cut off just here
+            remove_entry(probe)
+        probe.mkdir()
+        mode = probe.stat().st_mode & 0o777
+        probe.rmdir()
+        for path, wanted in ((self.path, mode), *((self.path / name, mode & 0o666) for name in names)):
+            if path.stat().st_mode & 0o777 != wanted:
+                path.chmod(wanted)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file durably."""
@@ -76,15 +116,30 @@ class StagingDirectory:
 
     def write_bytes(self, name: str, raw: bytes) -> None:
         """Write a small file durably."""
-        with (self.path / name).open("xb") as file:
+        with named_errors(self.path / name, "writing"), (self.path / name).open("xb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
 
+    def replace_text(self, name: str, text: str) -> None:
+        """Write a small file durably in place of one that is there, which stays whole until then."""
+        new = f".{name}-new"
+        (self.path / new).unlink(missing_ok=True)  # of a merge that was cut off here
+        self.write_text(new, text)
+        (self.path / new).replace(self.path / name)
+
     def sync(self) -> None:
-        """Make the names of all files durable."""
-        for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
-            sync_directory(folder)
+        """Make the names of all files durable.
+
+        Raises:
+            OSError: they may not be; then nothing is kept, for a second try would tell nothing of what is lost.
+        """
+        try:
+            for folder in [self.path, *(path for path in self.path.rglob("*") if path.is_dir())]:
+                sync_directory(folder)
+        except OSError:
+            self.finished = tuple
+            raise
 
     def publish(self, policy: OutputPolicy) -> None:
         """Give the directory its final name; what stood there is replaced as a whole.
@@ -138,25 +193,56 @@ class StagingDirectory:
         found = "the one of before, which a merge that was killed was replacing; it has its name again"
         raise OutputError(Problem(str(self.output), "nothing there yet", found, "run the command again"))
 
+    def _keep(self, error: BaseException) -> None:
+        """Keep what is finished for the next merge, and say so."""
+        names = self.finished()
+        with suppress(OSError):  # what else is there is only in the way
+            self.clear(names)
+        self._keeps_folder = True
+        size = format_bytes(sum(path.stat().st_size for path in self.path.iterdir()))
+        count = "1 shard is" if len(names) == 1 else f"{len(names)} shards are"
+        error.add_note(
+            f"nothing was published; {count} finished and kept in {quote(self.folder)} ({size}): the same command goes "
+            "on from there, `rawmerge clean OUTPUT` removes it"
+        )
+
     def _remove_folder(self) -> None:
+        if self._keeps_folder:
+            return
         if self._published or not self._replaced.exists():  # else that is the only copy of what stood at the output
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _other_work(self) -> OSError:
         return OSError(errno.ENOTEMPTY, "the output has changed meanwhile and holds other work", str(self.output))
 
     def _make(self) -> None:
         make_folders(self.output.parent, self._created)
-        was_there = self._lock.enter_context(locked_folder(self._folder))
+        was_there = self._lock.enter_context(locked_folder(self.folder))
         self._lock.callback(self._remove_folder)  # before it is unlocked
         if self._replaced.exists():
             self._restore()
-        left = list(self._folder.iterdir()) if was_there else []
-        for entry in left:  # of a merge that was killed: nothing in it is of use
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        if left:
-            self.notes.append(f"{quote(self._folder)}, which a merge that was killed had left, was cleared")
-        self.path.mkdir()
+        self.has_leftovers = was_there and any(self.folder.iterdir())
+        if os.path.lexists(self.path) and (self.path.is_symlink() or not self.path.is_dir()):
+            self.path.unlink()
+        self.path.mkdir(exist_ok=True)
+
+
+def comes_from_outside(error: BaseException) -> bool:
+    """Whether the system or a signal ended a merge, so that the same command may succeed later."""
+    is_ours = isinstance(error, RawmergeError)
+    return not is_ours and isinstance(error, (OSError, MemoryError, KeyboardInterrupt, SystemExit))
+
+
+def remove_entry(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def hidden_beside(output: Path) -> Path:
@@ -164,6 +250,12 @@ def hidden_beside(output: Path) -> Path:
     at = Path(os.path.abspath(output))  # noqa: PTH100  # `out/..` has no name of its own
     digest = hashlib.sha256(os.fsencode(at.name)).hexdigest()[:8]
     return at.parent / f".{_TAG}-{at.name[:_SHOWN]}-{digest}"
+
+
+def reclaimed_bytes(output: Path) -> int:
+    """Return how many bytes on the disk a merge to `output` that was cut off takes, which the next one has."""
+    found = (path.stat() for path in hidden_beside(output).rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(getattr(status, "st_blocks", 0) * 512 for status in found if status.st_nlink == 1)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -198,8 +290,9 @@ def remove_folders(created: list[Path]) -> None:
 
 def sync_directory(folder: Path) -> None:
     """Make the names in a directory durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with named_errors(folder, "syncing"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
