@@ -298,16 +298,16 @@ PARSERS: dict[str, Callable[[bytes], Any]] = {
 }
 ENTRY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
 HUGE = {
-    "lists": b'{"a":[' + b",".join([b"[]"] * 100_000) + b"]}",
-    "tables": b'{"a":[' + b",".join([b"{}"] * 100_000) + b"]}",
+    "lists": b'{"a":[' + b",".join([b"[]"] * 40_000) + b"]}",
+    "tables": b'{"a":[' + b",".join([b"{}"] * 40_000) + b"]}",
     "numbers": b'{"a":[' + b",".join([b"9" * 4000] * 200) + b"]}",
-    "sizes": b'{"a":{"dtype":"U8","shape":[' + b",".join([b"0"] * 100_000) + b'],"data_offsets":[0,0]}}',
+    "sizes": b'{"a":{"dtype":"U8","shape":[' + b",".join([b"0"] * 40_000) + b'],"data_offsets":[0,0]}}',
     "tensors": b"{" + b",".join(b'"%d":%s' % (number, ENTRY) for number in range(10_000)) + b"}",
-    "a long text": b'{"peft_type":"' + b"a" * 1_000_000 + b'"}',
-    "escapes": b'{"peft_type":"' + rb"\u0007" * 150_000 + b'"}',
-    "keys": b"{" + b",".join(b'"%d":0' % number for number in range(40_000)) + b"}",
+    "a long text": b'{"peft_type":"' + b"a" * 400_000 + b'"}',
+    "escapes": b'{"peft_type":"' + rb"\u0007" * 60_000 + b'"}',
+    "keys": b"{" + b",".join(b'"%d":0' % number for number in range(20_000)) + b"}",
     "a nest": b'{"text_config":' * 190 + b"{}" + b"}" * 190,
-    "a wide nest": b'{"text_config":' * 150 + b"[" + b",".join([b"{}"] * 100_000) + b"]" + b"}" * 150,
+    "a wide nest": b'{"text_config":' * 150 + b"[" + b",".join([b"{}"] * 40_000) + b"]" + b"}" * 150,
 }
 
 

@@ -181,6 +181,7 @@ HOSTILE = {
     "a size that is true": (entry(shape=b"\x88\x85"), "damaged"),
     "strides of another length": (entry(strides=b")"), "damaged"),
     "more dimensions than any": (entry(shape=ONES, strides=ONES), "damaged"),
+    "a device that is a number": (entry(storage=STORAGE.replace(b"X\x03\0\0\0cpu", b"K\x01")), "damaged"),
     "a missing storage": (entry(storage=STORAGE.replace(b"\x000X", b"\x007X")), "found none"),
     "a storage of another size": (entry(storage=STORAGE.replace(b"K\x04", b"K\x08")), "16 bytes"),
     "a storage elsewhere": (entry(storage=ELSEWHERE), "found none"),

@@ -17,7 +17,7 @@ from rawmerge.errors import AdapterError, Problem
 #: Repeats (`*`, `+`, `{…}`) that a pattern may have: each one more multiplies the time by the path's length.
 MAX_REPEATS: Final = 4
 #: Longest pattern, in characters: compiling takes some 100 bytes and a microsecond for each.
-MAX_CHARACTERS: Final = 10_000
+MAX_CHARACTERS: Final = 100_000
 #: Patterns that one table may have; a large model's adapter has one for each module.
 MAX_PATTERNS: Final = 65_536
 #: Ways in which a pattern may be laid over one path; trying one takes some 5 nanoseconds.

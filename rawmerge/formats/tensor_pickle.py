@@ -218,8 +218,9 @@ class _Machine:
         self._stack.append(_Global(name))
 
     def _storage(self, reference: Any) -> None:
-        kind, type_, key, _, count = reference
-        if kind != "storage" or not isinstance(type_, _Global) or not isinstance(key, str) or not _is_size(count):
+        kind, type_, key, device, count = reference
+        are_texts = isinstance(key, str) and isinstance(device, str)
+        if kind != "storage" or not isinstance(type_, _Global) or not are_texts or not _is_size(count):
             raise TypeError("not a storage")
         self._stack.append(Storage(key, _STORAGE_DTYPES[type_.name], count))
 
@@ -253,7 +254,7 @@ class _Machine:
         pairs = zip(shape, strides, reversed(expected), strict=True)
         if count and any(size > 1 and stride != want for size, stride, want in pairs):
             hint = f"of shape {list(shape)} and strides {list(strides)}"
-            raise self._refuse("tensors whose elements lie one after another", f"one {hint}")
+            raise _refused(self._subject(), "tensors whose elements lie one after another", f"one {hint}")
         if first + count > storage.element_count:
             raise self._refuse(f"a tensor within its storage of {storage.element_count} elements", "one that is larger")
         return PickledTensor(storage, first, shape)
@@ -263,6 +264,11 @@ class _Machine:
         if not isinstance(target, dict):
             raise TypeError("not a table")
         self._stack.append(target)
+
+    def _subject(self) -> str:
+        """Return the file and the name of the tensor in work: of a pair, the name is on the stack before the value."""
+        name = next((value for value in reversed(self._stack) if isinstance(value, str)), "")
+        return f"{self._path}: {name}" if name else self._path
 
     def _refuse(self, expected: str, found: str) -> AdapterError:
         return _refused(self._path, expected, found)
