@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rawmerge.api import inspect_path, merge_adapter, plan_merge, verify_merge
     from rawmerge.engine.jobs import Progress
     from rawmerge.errors import MergeError, Problem, RawmergeError, RefusedError, VerificationError
+    from rawmerge.exporting.export_job import ExportJob
+    from rawmerge.exporting.export_run import run_export
+    from rawmerge.exporting.job_file import read_export
     from rawmerge.inspection import Inspection
     from rawmerge.leftovers import clean_output
     from rawmerge.merge_plan import MergePlan
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from rawmerge.verifying.findings import Verification
 
 __all__ = [
+    "ExportJob",
     "Inspection",
     "MergeError",
     "MergePlan",
@@ -43,11 +47,14 @@ __all__ = [
     "merge_adapter",
     "parse_plan",
     "plan_merge",
+    "read_export",
+    "run_export",
     "run_plan",
     "verify_merge",
 ]
 
 _HOMES = {
+    "ExportJob": "exporting.export_job",
     "Inspection": "inspection",
     "MergeError": "errors",
     "MergePlan": "merge_plan",
@@ -64,6 +71,8 @@ _HOMES = {
     "merge_adapter": "api",
     "parse_plan": "plan_json",
     "plan_merge": "api",
+    "read_export": "exporting.job_file",
+    "run_export": "exporting.export_run",
     "run_plan": "run",
     "verify_merge": "api",
 }

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
-from rawmerge.consuming.finished_merge import finished_merge
-from rawmerge.consuming.plan_difference import difference
-from rawmerge.consuming.unfinished import unfinished_plan
 from rawmerge.engine.jobs import ProgressCallback
-from rawmerge.errors import MergeError, MissingFileError, OutputError, Problem, RawmergeError, quote
-from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
-from rawmerge.formats.config_text import CONFIG_NAME
-from rawmerge.formats.weight_map import INDEX_NAME
-from rawmerge.inputs.hub import resolve_adapter, resolve_base, resolve_either
+from rawmerge.errors import MergeError, RawmergeError, quote
+from rawmerge.inputs.hub import resolve_either
 from rawmerge.inspection import Inspection, inspect_root
-from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
-from rawmerge.plan import make_plan
+from rawmerge.planning import Adapters, merge_options, plan_for_output, plan_inputs, read_errors_refused
 from rawmerge.run import MergeSummary, run_plan
 from rawmerge.run_options import ReplayChoices, RunChoices, RunOptions
 from rawmerge.verifying.findings import Verification
@@ -28,132 +19,83 @@ from rawmerge.verifying.findings import Verification
 
 def plan_merge(
     base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+    adapter: Adapters,
     *,
     compute_dtype: str = "float32",
     dtype: str | None = None,
     vocab: str | None = None,
     tokenizer: str = "base",
     moe_lora_b_layout: str | None = None,
+    max_shard_size: int | str | None = None,
+    order: str | None = None,
+    replaced_by: int | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    majority_sign: str = "total",
+    seed: int = 0,
     force: bool = False,
+    card: bool = True,
 ) -> MergePlan:
     """Decide a merge from headers and configs; nothing is written.
 
     Args:
         base: directory, safetensors file, or hub id `org/name[@revision]`.
-        adapter: directory, its safetensors file, or hub id.
+        adapter: directory, its safetensors file, or hub id; or several of them, each as `path:0.7` if its deltas are to
+            be multiplied, by 0 to leave it out.
         compute_dtype: `float32` is bit-equal to PEFT's default merge on CPU; `float64` sums in float64 and
             rounds once.
-        dtype: `float32`, `bfloat16` or `float16` for all float tensors of the output; None keeps each tensor's own.
+        dtype: `float32`, `bfloat16` or `float16` for all float tensors of the output, `auto` for the one that the
+            base's `config.json` states; None keeps each tensor's own.
         vocab: `overlay` writes the rows of an adapter's smaller vocabulary over the first rows of the base's;
             None refuses such an adapter.
         tokenizer: whose tokenizer and chat template files the output gets, the `base`'s or the `adapter`'s.
         moe_lora_b_layout: how the columns of lora_B on fused experts are ordered, `rank_major` (PEFT) or
             `grouped_by_expert` (Unsloth until September 2026); None goes by the adapter's own marker, else PEFT's.
+        max_shard_size: most bytes of an output shard's tensors, a number or a text such as `5GB` or `512MiB`, cut and
+            named as transformers does; what fits in one file is `model.safetensors`. None keeps the base's shards.
+        order: of several adapters, `serial` merges one after the other and rounds after each, as PEFT does; `once` adds
+            all deltas up and rounds once, whatever the order in which they are named. None is `serial`, or `once` where
+            adapters are combined.
+        replaced_by: which of several adapters, from 1, gives a tensor that more than one replace; None refuses that.
+        combine: how the deltas of several adapters become one, tensor by tensor, in float32 (or `compute_dtype`): `sum`
+            as `order="once"`, `average` over all adapters, `magnitude`, `ties`, `dare` or `dare-ties`. Weights apply
+            after pruning. Adapters that leave a tensor alone have no say in it. `peft-linear`, `peft-cat`,
+            `peft-magnitude` and `peft-ties` combine the factors of plain LoRA, as PEFT's `add_weighted_adapter` does.
+        density: the share of each delta's elements that `magnitude` and `ties` keep, the largest, and `dare` and
+            `dare-ties` by chance; above 0 to 1.
+        majority_sign: what decides the sign that `ties` and `dare-ties` keep of an element: the `total` of all deltas,
+            or the `frequency` of signs.
+        seed: of what `dare` and `dare-ties` keep by chance; the same seed gives the same bytes.
         force: merge although the adapter names another base, its stored embeddings are not the base's, or the base
             already holds this adapter.
+        card: write a model card, `README.md`, beside which the base's own becomes `README_base.md`.
 
     Raises:
         RefusedError: with every reason against the merge in `.problems`.
         ValueError: an option is none of its choices.
     """
-    return _plan(base, adapter, merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force))
-
-
-def _plan(base: str | os.PathLike[str], adapter: str | os.PathLike[str], options: MergeOptions) -> MergePlan:
-    with _read_errors_refused(base):
-        base_source, adapter_source = resolve_base(base), resolve_adapter(adapter)
-        repos = {"base_repo": base_source.pinned, "adapter_repo": adapter_source.pinned}
-        return make_plan(base_source.path, adapter_source.path, options, **repos)
-
-
-@contextmanager
-def _read_errors_refused(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Make a refusal of what the system says against reading, where nothing is written yet."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, RawmergeError):
-            raise
-        found = error.strerror or str(error)
-        raise MissingFileError(Problem(str(error.filename or path), "to be readable", found)) from error
-
-
-def plan_for_output(
-    base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    options: MergeOptions,
-    *,
-    consumes: bool,
-) -> MergePlan:
-    """Return `plan_merge`'s plan, or that of the same merge to `output` where `consume_base` was cut off.
-
-    The base of such a merge is gone in part, so it cannot be planned again.
-
-    Args:
-        base: see `plan_merge`.
-        adapter: see `plan_merge`.
-        output: directory to make.
-        options: what decides the output's bytes; see `merge_options`.
-        consumes: whether the merge is to consume its base, so that a finished one may have.
-
-    Raises:
-        RefusedError: with every reason against the merge in `.problems`; an OutputError where another merge to
-            `output` is unfinished, or this one has consumed its base and is finished. ValueError: an option is none
-            of its choices.
-    """
-    with _read_errors_refused(output):
-        plan = unfinished_plan(Path(output), options, lambda plan: _other_inputs(plan, base, adapter))
-    if plan:
-        return plan
-    try:
-        return _plan(base, adapter, options)
-    except MissingFileError as error:
-        root = Path(base).expanduser()
-        if consumes and (problem := finished_merge(Path(output), root, resolve_adapter(adapter).path, options)):
-            raise OutputError(problem) from error
-        raise
-
-
-def merge_options(
-    compute_dtype: str,
-    dtype: str | None,
-    vocab: str | None,
-    tokenizer: str,
-    moe_lora_b_layout: str | None,
-    force: bool,
-) -> MergeOptions:
-    """Return the arguments of `plan_merge` as a value, in which what is left out is empty."""
-    return MergeOptions(
+    options = merge_options(
         compute_dtype=compute_dtype,
-        output_dtype=dtype or "",
-        vocab=vocab or "",
+        dtype=dtype,
+        vocab=vocab,
         tokenizer=tokenizer,
-        moe_lora_b_layout=moe_lora_b_layout or "",
+        moe_lora_b_layout=moe_lora_b_layout,
+        max_shard_size=max_shard_size,
+        order=order,
+        replaced_by=replaced_by,
+        combine=combine,
+        density=density,
+        majority_sign=majority_sign,
+        seed=seed,
         force=force,
+        card=card,
     )
-
-
-def _other_inputs(plan: MergePlan, base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> Iterator[Problem]:
-    """Yield what is named as base and adapter and is not the plan's; of the base, less than that may be left."""
-    given = os.path.realpath(Path(base).expanduser())
-    roots = {plan.base_root, *(str(Path(plan.base_root) / name) for name in (INDEX_NAME, CONFIG_NAME))}
-    if given not in map(os.path.realpath, roots):
-        yield difference("BASE", quote(plan.base_root), quote(given))
-    found = resolve_adapter(adapter).path
-    names = {
-        plan.adapter_root,
-        str(Path(plan.adapter_root) / ADAPTER_CONFIG),
-        *(file.path for file in plan.adapter_files),
-    }
-    if os.path.realpath(found) not in map(os.path.realpath, names):
-        yield difference("ADAPTER", quote(plan.adapter_root), quote(found))
+    return plan_inputs(base, adapter, options)
 
 
 def merge_adapter(
     base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+    adapter: Adapters,
     output: str | os.PathLike[str],
     *,
     compute_dtype: str = "float32",
@@ -161,7 +103,15 @@ def merge_adapter(
     vocab: str | None = None,
     tokenizer: str = "base",
     moe_lora_b_layout: str | None = None,
+    max_shard_size: int | str | None = None,
+    order: str | None = None,
+    replaced_by: int | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    majority_sign: str = "total",
+    seed: int = 0,
     force: bool = False,
+    card: bool = True,
     progress: ProgressCallback | None = None,
     **choices: Unpack[RunChoices],
 ) -> MergeSummary:
@@ -172,11 +122,19 @@ def merge_adapter(
         adapter: see `plan_merge`.
         output: directory to make.
         compute_dtype: see `plan_merge`.
-        dtype: see `plan_merge`, as for `vocab`, `tokenizer`, `moe_lora_b_layout` and `force`.
+        dtype: see `plan_merge`, as for `vocab`, `tokenizer`, `moe_lora_b_layout`, `max_shard_size` and `force`.
         vocab: see `plan_merge`.
         tokenizer: see `plan_merge`.
         moe_lora_b_layout: see `plan_merge`.
+        max_shard_size: see `plan_merge`, as for `order` and `replaced_by`.
+        order: see `plan_merge`.
+        replaced_by: see `plan_merge`.
+        combine: see `plan_merge`, as for `density`, `majority_sign` and `seed`.
+        density: see `plan_merge`.
+        majority_sign: see `plan_merge`.
+        seed: see `plan_merge`.
         force: see `plan_merge`.
+        card: see `plan_merge`.
         progress: called as bytes are finished; an exception from it cancels the merge and leaves nothing behind, but
             with `consume_base`: then the same call goes on.
         choices: how the plan is carried out, none of which changes a bit on the CPU: `overwrite: bool`,
@@ -190,7 +148,22 @@ def merge_adapter(
             notes say, and the same call goes on from them, unless `resume` is off.
         ValueError: an option is none of its choices.
     """
-    options = merge_options(compute_dtype, dtype, vocab, tokenizer, moe_lora_b_layout, force)
+    options = merge_options(
+        compute_dtype=compute_dtype,
+        dtype=dtype,
+        vocab=vocab,
+        tokenizer=tokenizer,
+        moe_lora_b_layout=moe_lora_b_layout,
+        max_shard_size=max_shard_size,
+        order=order,
+        replaced_by=replaced_by,
+        combine=combine,
+        density=density,
+        majority_sign=majority_sign,
+        seed=seed,
+        force=force,
+        card=card,
+    )
     plan = plan_for_output(base, adapter, output, options, consumes=choices.get("consume_base", False))
     return run_plan(plan, Path(output), progress=progress, **choices)
 
@@ -198,13 +171,14 @@ def merge_adapter(
 def verify_merge(
     output: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: Adapters | None = None,
     *,
     compute_dtype: str | None = None,
     dtype: str | None = None,
     vocab: str | None = None,
     tokenizer: str | None = None,
     moe_lora_b_layout: str | None = None,
+    order: str | None = None,
     tolerance: float = 0,
     progress: ProgressCallback | None = None,
     **choices: Unpack[ReplayChoices],
@@ -224,6 +198,7 @@ def verify_merge(
         vocab: see `plan_merge`.
         tokenizer: see `plan_merge`.
         moe_lora_b_layout: see `plan_merge`.
+        order: see `plan_merge`.
         tolerance: distance that passes in tensors that the adapter changes, in units in the last place of the larger
             of the expected value and the base's. Tensors that it does not change must be equal.
         progress: called as bytes are compared; an exception from it ends the verification.
@@ -241,12 +216,12 @@ def verify_merge(
         raise ValueError(f"tolerance must be a number of at least 0, not {tolerance!r}")
     at = Path(output).expanduser()
     given = {"compute_dtype": compute_dtype, "output_dtype": dtype, "vocab": vocab, "tokenizer": tokenizer}
-    with _read_errors_refused(at):
+    with read_errors_refused(at):
         verifier = OutputVerifier(at)
         if base is None or adapter is None:
             return verifier.alone()
-        options = verifier.options({**given, "moe_lora_b_layout": moe_lora_b_layout})
-    plan = _plan(base, adapter, options)
+        options = verifier.options({**given, "moe_lora_b_layout": moe_lora_b_layout, "order": order})
+    plan = plan_inputs(base, adapter, options)
     try:
         return verifier.against(plan, RunOptions(**choices), tolerance=tolerance, report=progress)
     except OSError as error:
@@ -261,5 +236,5 @@ def inspect_path(path: str | os.PathLike[str]) -> Inspection:
     Raises:
         RefusedError: neither a base nor an adapter can be read there.
     """
-    with _read_errors_refused(path):
+    with read_errors_refused(path):
         return inspect_root(resolve_either(path).path)

@@ -37,6 +37,31 @@ def parse_bytes(text: str) -> int:
     return count
 
 
+def byte_limit(name: str, size: int | str | None) -> int:
+    """Return a limit that a program gave, in bytes; 0 where it gave none.
+
+    Args:
+        name: of the argument, for messages.
+        size: bytes, or a text as in `parse_bytes`.
+
+    Raises:
+        ValueError: it is no positive size.
+
+    Example:
+        >>> byte_limit("max_shard_size", "5GB"), byte_limit("max_shard_size", None)
+        (5000000000, 0)
+    """
+    if size is None:
+        return 0
+    try:
+        count = parse_bytes(size) if isinstance(size, str) else size
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} must be a size of at least one byte, or None, not {size!r}")
+    return count
+
+
 def format_bytes(count: int) -> str:
     """Return a size as people read it, in decimal units.
 

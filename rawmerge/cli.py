@@ -10,27 +10,34 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 import rawmerge
 from rawmerge.command_group import Commands, say, say_path, told_if_published
 from rawmerge.command_options import (
-    ADAPTER,
+    ADAPTERS,
     BASE,
     DEVICE,
+    DRY_RUN,
     JSON,
     MAX_MEMORY,
+    OVERWRITE,
     THREADS,
     TOLERANCE,
+    VERIFY,
     WITHOUT,
     plan_options,
     replay_options,
+    weighted,
 )
 from rawmerge.errors import VerificationError, printable
 from rawmerge.progress_bar import progress_bar
 from rawmerge.run_options import RunChoices, RunOptions
+
+if TYPE_CHECKING:
+    from rawmerge.merge_plan import MergePlan
 
 REFUSED = 3
 
@@ -40,7 +47,7 @@ REFUSED = 3
 def cli() -> None:
     """Fold PEFT adapters into base checkpoints, shard by shard.
 
-    BASE and ADAPTER are directories, safetensors files, or hub ids (org/name[@revision]).
+    BASE and ADAPTER are directories, safetensors files, or hub ids (org/name[@revision]); ADAPTER may be repeated.
 
     Exit codes: 0 done, 2 usage, 3 refused and nothing written, 4 failed while writing and nothing published,
     5 verification found differences, 1 a bug of ours; 130 and 143 interrupted by Ctrl-C or SIGTERM.
@@ -49,13 +56,13 @@ def cli() -> None:
 
 @cli.command()
 @BASE
-@ADAPTER
+@ADAPTERS
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Directory to make.")
 @plan_options
 @THREADS
 @MAX_MEMORY
 @DEVICE
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the output.")
+@OVERWRITE
 @click.option("--link", is_flag=True, help="Shards that stay as they are become hard links to the base's.")
 @click.option(
     "--consume-base",
@@ -65,13 +72,13 @@ def cli() -> None:
 @click.option("--no-reuse", is_flag=True, help="With --overwrite: make shards anew that would come out as they are.")
 @click.option("--no-resume", is_flag=True, help="Start anew what was cut off, and keep nothing for a next time.")
 @click.option("--checksum", is_flag=True, help="Write SHA256SUMS, for `sha256sum -c`.")
-@click.option("--verify", is_flag=True, help="Read the output back and compute it again, before it is published.")
+@VERIFY
 @WITHOUT
-@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@DRY_RUN
 @JSON
 def merge(
     base: str,
-    adapter: str,
+    adapters: tuple[str, ...],
     output: Path,
     threads: int | None,
     max_memory: int | None,
@@ -88,21 +95,27 @@ def merge(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Merge ADAPTER into BASE and write the result to a new directory.
+    """Merge adapters into BASE and write the result to a new directory.
 
-    Prints the directory, or with --json a summary.
+    ADAPTER:0.7 multiplies an adapter's deltas. Prints the directory, or with --json a summary.
     """
-    from rawmerge.api import merge_options, plan_for_output
-    from rawmerge.report import left_out_lines, plan_json, plan_text
-    from rawmerge.run import check_run
-    from rawmerge.summary_report import summary_json, summary_text
+    from rawmerge.planning import merge_options, plan_for_output
 
     if no_reuse and not overwrite:
         raise click.UsageError("--no-reuse goes with --overwrite: without an output there is nothing to reuse.")
     choices: RunChoices = {"overwrite": overwrite, "threads": threads, "max_memory": max_memory, "without": without}
     choices |= {"device": device, "link": link, "consume_base": consume_base, "reuse": not no_reuse}
     choices |= {"resume": not no_resume, "verify": verify, "checksum": checksum}
-    plan = plan_for_output(base, adapter, output, merge_options(**options), consumes=consume_base)
+    plan = plan_for_output(base, adapters, output, merge_options(**options), consumes=consume_base)
+    _carry_out(plan, output, choices, dry_run=dry_run, as_json=as_json)
+
+
+def _carry_out(plan: MergePlan, output: Path, choices: RunChoices, *, dry_run: bool, as_json: bool) -> None:
+    """Run a plan, or check that it can be run, and tell what came of it."""
+    from rawmerge.report import left_out_lines, plan_json, plan_text
+    from rawmerge.run import check_run
+    from rawmerge.summary_report import summary_json, summary_text
+
     if dry_run:
         for note in check_run(plan, output, **choices):
             say(printable(f"note: {note}"), err=True)
@@ -123,8 +136,31 @@ def merge(
 
 
 @cli.command()
+@click.argument("file")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@THREADS
+@MAX_MEMORY
+@OVERWRITE
+@VERIFY
+@DRY_RUN
+@JSON
+def export(file: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **choices: Any) -> None:
+    """Do what another tool's merge file asks for: LLaMA-Factory's YAML, axolotl's, mergekit's.
+
+    KEY=VALUE sets a key of FILE, as in `llamafactory-cli export FILE export_dir=merged`. FILE may be mergekit's
+    BASE+ADAPTER, with export_dir=OUTPUT. Tells the plain merge that it stands for.
+    """
+    from rawmerge.exporting.export_run import plan_export, settled_job
+
+    job = settled_job(rawmerge.read_export(file, overrides))
+    say(printable(job.command(overwrite=choices["overwrite"])), err=True)
+    run_choices: RunChoices = {"device": job.device, **choices}  # type: ignore[typeddict-item]  # click's names
+    _carry_out(plan_export(job), Path(job.output), run_choices, dry_run=dry_run, as_json=as_json)
+
+
+@cli.command()
 @BASE
-@ADAPTER
+@ADAPTERS
 @plan_options
 @THREADS
 @MAX_MEMORY
@@ -132,7 +168,7 @@ def merge(
 @JSON
 def plan(
     base: str,
-    adapter: str,
+    adapters: tuple[str, ...],
     threads: int | None,
     max_memory: int | None,
     without: tuple[str, ...],
@@ -147,7 +183,7 @@ def plan(
     from rawmerge.memory.budget import choose_budget
     from rawmerge.report import plan_json, plan_text
 
-    made = rawmerge.plan_merge(base, adapter, **options)
+    made = rawmerge.plan_merge(base, adapters, **options)
     choices = RunOptions(threads=threads, max_memory=max_memory, without=without)
     if max_memory is not None:
         choose_budget(made, choices)
@@ -169,14 +205,16 @@ def inspect(path: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--base", help="The base that it was made from; with --adapter.")
-@click.option("--adapter", help="The adapter that it was made from; with --base.")
+@click.option(
+    "--adapter", "adapters", multiple=True, callback=weighted, help="An adapter that it was made from; with --base."
+)
 @replay_options
 @TOLERANCE
 @THREADS
 @MAX_MEMORY
 @WITHOUT
 @JSON
-def verify(output: Path, base: str | None, adapter: str | None, as_json: bool, **options: Any) -> None:
+def verify(output: Path, base: str | None, adapters: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Tell whether OUTPUT is what base and adapter give, bit for bit; exit code 5 with what differs.
 
     OUTPUT may be made by any program, and be cut into shards otherwise. Without --base and --adapter its headers,
@@ -184,11 +222,11 @@ def verify(output: Path, base: str | None, adapter: str | None, as_json: bool, *
     """
     from rawmerge.report import verification_json, verification_text
 
-    if (base is None) != (adapter is None):
+    if (base is None) == bool(adapters):
         raise click.UsageError("--base and --adapter go together.")
     gc.enable()
     with progress_bar(0) as progress:
-        made = rawmerge.verify_merge(output, base, adapter, progress=progress, **options)
+        made = rawmerge.verify_merge(output, base, adapters or None, progress=progress, **options)
     say(verification_json(made) if as_json else verification_text(made))
     click.get_current_context().exit(VerificationError.exit_code if made.findings else 0)
 

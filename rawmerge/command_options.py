@@ -7,13 +7,27 @@ from collections.abc import Callable
 
 import click
 
+from rawmerge.adapter_source import split_weight
 from rawmerge.byte_sizes import parse_bytes
-from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
-from rawmerge.merge_options import LAYOUTS, OVERLAY, TOKENIZERS
+from rawmerge.dtypes import AUTO_DTYPE, COMPUTE_DTYPES, OUTPUT_DTYPES
+from rawmerge.merge_options import COMBINATIONS, LAYOUTS, MAJORITY_SIGNS, ORDERS, OVERLAY, SUM, TOKENIZERS
 from rawmerge.run_options import DEVICE_NAMES, MECHANISMS
 
 BASE = click.argument("base")
-ADAPTER = click.argument("adapter")
+
+
+def weighted(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse a weight that is none."""
+    for text in value:
+        try:
+            split_weight(text)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}.") from None
+    return value
+
+
+#: One or more, each with a weight behind a colon.
+ADAPTERS = click.argument("adapters", nargs=-1, required=True, callback=weighted, metavar="ADAPTER[:WEIGHT]...")
 
 
 def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
@@ -24,8 +38,8 @@ def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
 JSON = click.option("--json", "as_json", is_flag=True, callback=_remember_json, help="Print JSON for programs.")
 _DTYPE = click.option(
     "--dtype",
-    type=click.Choice(list(OUTPUT_DTYPES)),
-    help="Store all float tensors in this dtype.  [default: each tensor's own]",
+    type=click.Choice([*OUTPUT_DTYPES, AUTO_DTYPE]),
+    help="Store all float tensors in this dtype; auto: the one that config.json states.  [default: each tensor's own]",
 )
 _COMPUTE = click.option(
     "--compute-dtype",
@@ -36,6 +50,19 @@ _COMPUTE = click.option(
 )
 
 
+def _parsed_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    try:
+        return parse_bytes(value) if value is not None else None
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+
+
+_SHARD_SIZE = click.option(
+    "--max-shard-size",
+    callback=_parsed_size,
+    metavar="SIZE",
+    help="Most bytes of an output shard, such as 5GB or 512MiB; what fits is one file.  [default: the base's shards]",
+)
 _VOCAB = click.option(
     "--vocab",
     type=click.Choice([OVERLAY]),
@@ -53,14 +80,76 @@ _LAYOUT = click.option(
     type=click.Choice(LAYOUTS),
     help="Order of lora_B's columns on fused experts.  [default: the adapter's marker, else rank_major, as PEFT]",
 )
+_ORDER = click.option(
+    "--order",
+    type=click.Choice(ORDERS),
+    help="Several adapters: one after the other, rounded after each, as PEFT; or their sum, rounded once.  "
+    "[default: serial]",
+)
+_COMBINE = click.option(
+    "--combine",
+    type=click.Choice([SUM, *COMBINATIONS]),
+    help="How several adapters' deltas of a tensor become one, rounded once; sum is --order once.",
+)
+_DENSITY = click.option(
+    "--density",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    metavar="SHARE",
+    help="Share of a delta's elements that magnitude and ties keep, the largest, and dare and dare-ties by chance.",
+)
+_MAJORITY_SIGN = click.option(
+    "--majority-sign",
+    type=click.Choice(MAJORITY_SIGNS),
+    default=MAJORITY_SIGNS[0],
+    show_default=True,
+    help="What decides the sign that ties and dare-ties keep: the sum of the deltas, or how many have which.",
+)
+_SEED = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of what dare and dare-ties keep by chance.",
+)
+_REPLACED_BY = click.option(
+    "--replaced-by",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Which of several adapters gives tensors that more than one replace.  [default: refuse them]",
+)
 _FORCE = click.option(
     "--force", is_flag=True, help="Merge although the base seems to be another one, or holds the adapter already."
+)
+_NO_CARD = click.option(
+    "--no-card",
+    "card",
+    is_flag=True,
+    callback=lambda _, __, is_given: not is_given,
+    help="Write no model card; the base's README.md keeps its name.",
+)
+
+
+_PLAN_OPTIONS = (
+    _DTYPE,
+    _COMPUTE,
+    _ORDER,
+    _REPLACED_BY,
+    _COMBINE,
+    _DENSITY,
+    _MAJORITY_SIGN,
+    _SEED,
+    _SHARD_SIZE,
+    _VOCAB,
+    _TOKENIZER,
+    _LAYOUT,
+    _FORCE,
+    _NO_CARD,
 )
 
 
 def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that decide the output's bytes."""
-    for option in reversed((_DTYPE, _COMPUTE, _VOCAB, _TOKENIZER, _LAYOUT, _FORCE)):
+    for option in reversed(_PLAN_OPTIONS):
         command = option(command)
     return command
 
@@ -69,11 +158,12 @@ def replay_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that decide an output's bytes; the output's record tells those that are not given."""
     recorded = "  [default: what the output's record tells, else the merge's own]"
     for flag, choices, text in (
+        ("--order", ORDERS, "What several adapters mean."),
         ("--moe-lora-b-layout", LAYOUTS, "Order of lora_B's columns on fused experts."),
         ("--tokenizer", TOKENIZERS, "Whose tokenizer it got."),
         ("--vocab", [OVERLAY], "What became of a smaller vocabulary."),
         ("--compute-dtype", COMPUTE_DTYPES, "In what it was summed."),
-        ("--dtype", list(OUTPUT_DTYPES), "In what float tensors are stored."),
+        ("--dtype", [*OUTPUT_DTYPES, AUTO_DTYPE], "In what float tensors are stored."),
     ):
         command = click.option(flag, type=click.Choice(choices), help=text + recorded)(command)
     return command
@@ -102,14 +192,6 @@ _MEMORY_HELP = (
     "Most memory to take, such as 2GiB or 512M; refused where that cannot be.  [default: what the control group has]"
 )
 
-
-def _parsed_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    try:
-        return parse_bytes(value) if value is not None else None
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.") from None
-
-
 THREADS = click.option(
     "--threads", type=click.IntRange(1, 256), help="Working threads; changes no bit.  [default: up to 8]"
 )
@@ -121,3 +203,8 @@ WITHOUT = click.option(
     help="Do not use this means of speed; changes no bit.  May be given more than once.",
 )
 DEVICE = click.option("--device", callback=_checked_device, default="cpu", show_default=True, help=_DEVICE_HELP)
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the output.")
+VERIFY = click.option(
+    "--verify", is_flag=True, help="Read the output back and compute it again, before it is published."
+)
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")

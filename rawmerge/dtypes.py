@@ -62,5 +62,8 @@ DTYPES: Final = {
 #: What `--dtype` accepts, and the storage dtype it means.
 OUTPUT_DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
+#: What `--dtype` accepts for the one that the base's config states.
+AUTO_DTYPE: Final = "auto"
+
 #: What `--compute-dtype` accepts.
 COMPUTE_DTYPES: Final = ("float32", "float64")

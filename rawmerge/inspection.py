@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from rawmerge.inputs.identity import RECORD_NAME, read_record
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.matcher import foreign_problem, grammar_of
 from rawmerge.methods import ADAPTER_KINDS
+from rawmerge.methods.interface import AdapterKind, KindRow
 
 #: Files of an input that are named.
 _MAX_FILES: Final = 4
@@ -51,19 +52,26 @@ def inspect_root(root: Path) -> Inspection:
     return _inspect_adapter(root) if is_adapter(root) else _inspect_base(root)
 
 
+def _row(kind: AdapterKind, variants: Collection[str]) -> KindRow:
+    """Return the row of the table of kinds that fits best: that of a variant, where an adapter is one."""
+    rows = list(kind.rows())
+    return next((row for row in rows if row.title in variants and not row.modules.startswith("as ")), rows[0])
+
+
 def _inspect_adapter(root: Path) -> Inspection:
     try:
         adapter = read_adapter(root)
     except RefusedError as error:
         return Inspection("adapter", str(root), {}, error.problems)
     kind = ADAPTER_KINDS[adapter.config.kind]
+    row = _row(kind, tuple(kind.variants(_settings(adapter))))
     names = parse_adapter_names(adapter.tensors, grammar_of(kind))
     own = {name.module_path for name in names if name.role not in _NOT_OWN and name.module_path}
     facts: dict[str, str | int | float | list[str]] = {
         "type": " with ".join(filter(None, [adapter.config.kind, ", ".join(kind.variants(_settings(adapter)))])),
-        "merges as": f"{kind.title}: {kind.formula}",
-        "on": kind.modules,
-        "bits": kind.bits,
+        "merges as": f"{row.title}: {row.formula}",
+        "on": row.modules,
+        "bits": row.bits,
         **_rank_facts(adapter, own),
         "modules": len(own),
         "module names": sorted({path.rpartition(".")[2] for path in own}),

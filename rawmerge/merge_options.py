@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from rawmerge.dtypes import COMPUTE_DTYPES, OUTPUT_DTYPES
+from rawmerge.dtypes import AUTO_DTYPE, COMPUTE_DTYPES, OUTPUT_DTYPES
+from rawmerge.errors import Problem
 
 #: What may become of a vocabulary that is smaller than the base's.
 OVERLAY: Final = "overlay"
@@ -16,13 +18,42 @@ GROUPED: Final = "grouped_by_expert"
 LAYOUTS: Final = ("rank_major", GROUPED)
 
 
+#: What several adapters mean: one merged after the other, each result rounded; or the sum of all, rounded once.
+SERIAL: Final = "serial"
+ONCE: Final = "once"
+ORDERS: Final = (SERIAL, ONCE)
+#: How several deltas of a tensor become one: their plain sum, which is what `ONCE` does, and others, each with the
+#: options that it uses.
+SUM: Final = "sum"
+COMBINATIONS: Final[Mapping[str, frozenset[str]]] = {
+    "average": frozenset(),
+    "magnitude": frozenset({"density"}),
+    "ties": frozenset({"density", "majority_sign"}),
+    "dare": frozenset({"density", "seed"}),
+    "dare-ties": frozenset({"density", "majority_sign", "seed"}),
+    "peft-linear": frozenset(),
+    "peft-cat": frozenset(),
+    "peft-magnitude": frozenset({"density"}),
+    "peft-ties": frozenset({"density", "majority_sign"}),
+}
+#: Those of them that combine the factors of LoRA instead of deltas begin so.
+OF_FACTORS: Final = "peft-"
+#: The fields of `MergeOptions` that are about combining.
+COMBINING: Final = ("combine", "density", "majority_sign", "seed")
+#: What decides the sign of an element: the sum of all deltas, or how many of them have which sign.
+MAJORITY_SIGNS: Final = ("total", "frequency")
+
+
 #: Field of `MergeOptions` to what it may be; an empty text stands for what is said of it there.
 CHOICES: Final = {
     "compute_dtype": COMPUTE_DTYPES,
-    "output_dtype": ("", *OUTPUT_DTYPES),
+    "output_dtype": ("", *OUTPUT_DTYPES, AUTO_DTYPE),
     "vocab": ("", OVERLAY),
     "tokenizer": TOKENIZERS,
     "moe_lora_b_layout": ("", *LAYOUTS),
+    "order": ORDERS,
+    "combine": ("", *COMBINATIONS),
+    "majority_sign": MAJORITY_SIGNS,
 }
 
 
@@ -32,11 +63,20 @@ class MergeOptions:
 
     Attributes:
         compute_dtype: `float32` (bit-equal to PEFT) or `float64` (rounded once from float64).
-        output_dtype: `float32`, `bfloat16` or `float16` for all float tensors; empty to keep each tensor's own.
+        output_dtype: `float32`, `bfloat16` or `float16` for all float tensors; empty to keep each tensor's own. `auto`,
+            for the one that the base's config states, is in no plan: planning puts that one in its place.
         vocab: `overlay` to write a smaller vocabulary over the first rows of the base's; empty to refuse it.
         tokenizer: whose tokenizer files the output gets, `base` or `adapter`.
         moe_lora_b_layout: one of `LAYOUTS`; empty for the adapter's own marker, else PEFT's order.
+        max_shard_size: most bytes of an output shard's tensors; 0 for the base's shards.
+        order: of several adapters, one of `ORDERS`; `once` where they are combined.
+        combine: how several deltas of a tensor become one, a key of `COMBINATIONS`; empty for what `order` says.
+        density: the share of a delta's elements that a combination keeps, above 0 to 1; 0 where none is used.
+        majority_sign: what decides the sign of an element, one of `MAJORITY_SIGNS`.
+        seed: of the elements that are kept at random, from 0 below 2^63.
+        replaced_by: which of several adapters, from 1, gives tensors that more than one replace; 0 where none may.
         force: merge although the base seems to be another one, or holds the adapter already.
+        card: whether a directory gets a model card.
     """
 
     compute_dtype: str = "float32"
@@ -45,3 +85,42 @@ class MergeOptions:
     tokenizer: str = "base"
     moe_lora_b_layout: str = ""
     force: bool = False
+    card: bool = True
+    max_shard_size: int = 0
+    order: str = SERIAL
+    replaced_by: int = 0
+    combine: str = ""
+    density: float = 0.0
+    majority_sign: str = "total"
+    seed: int = 0
+
+
+def order_problem(combine: str, order: str) -> Problem:
+    """Return the problem of an order that a combination does not have."""
+    hint = "a combination looks at all deltas together and rounds once; leave --order out"
+    return Problem(f"--order {order}", f"--order {ONCE} with --combine {combine}", order, hint)
+
+
+def combination_problems(options: MergeOptions, adapter_count: int) -> Iterator[Problem]:
+    """Yield what of the choices about combining does not go together.
+
+    Args:
+        options: the choices, each one of those that there are.
+        adapter_count: how many adapters have a weight that is not 0.
+    """
+    used, given = COMBINATIONS.get(options.combine, frozenset()), f"--combine {options.combine}"
+    if options.combine and options.order != ONCE:
+        yield order_problem(options.combine, options.order)
+    if options.combine and adapter_count < 2:
+        yield Problem(given, "two adapters or more whose weights are not 0", f"{adapter_count}")
+    if "density" in used and not 0 < options.density <= 1:
+        hint = "--density (density=) is the share of each delta's elements that is kept, such as 0.5"
+        yield Problem("--density", f"a number above 0 to 1 for {given}", f"{options.density or 'none, or 0'}", hint)
+    if not 0 <= options.seed < 2**63:
+        yield Problem("--seed", "a whole number from 0, below 2^63", f"{options.seed}")
+    for name in COMBINING[1:]:
+        value = getattr(options, name)
+        if name not in used and value != getattr(MergeOptions(), name):
+            those = " or ".join(how for how, fields in COMBINATIONS.items() if name in fields)
+            flag = f"--{name.replace('_', '-')}"
+            yield Problem(flag, f"--combine {those}", given if options.combine else "no --combine", f"leave {flag} out")

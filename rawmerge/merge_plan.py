@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import prod
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from rawmerge.engine.tiles import Matrix, Stretch, elementwise_shape, matrix_shape
 from rawmerge.formats.shard_header import LENGTH_PREFIX, TensorEntry
@@ -52,8 +52,7 @@ class Update:
         tensors: role to the adapter tensor that plays it.
         settings: the method's own numbers and switches.
         window: the part that it changes, None for the whole tensor.
-        reach: how much of the base it must see to compute some rows: `rows`, `columns` or `whole`, as in
-            `rawmerge.methods.interface`.
+        reach: how much of the base it must see to compute some rows, as in `rawmerge.methods.interface`.
         working_bytes: most memory it takes besides tiles and the adapter's tensors as stored, in bytes.
     """
 
@@ -70,6 +69,15 @@ class Update:
         ranks = [source.shape[0] for role, source in self.tensors.items() if role.endswith("_a") and source.shape]
         stated = self.settings.get("rank")
         return stated if isinstance(stated, int) and stated else min(ranks, default=0)
+
+
+#: An update of this kind rounds to the output's dtype: what follows meets what a merge of its own would have written.
+ROUNDING: Final = "rounding"
+#: A setting of updates that are one of several in a sum: PEFT, which knows no such sum, has no say in its rounding.
+SUMMED: Final = "is_summed"
+#: One adds what several adapters' updates give together; its settings that end so are their windows.
+COMBINATION: Final = "combination"
+WINDOWS: Final = "/window"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +135,24 @@ def matrix_of(step: UpdateTensor | ReplaceTensor) -> Matrix:
     shape = step.source.shape
     if isinstance(step, ReplaceTensor) or not step.updates:
         rows, columns = elementwise_shape(shape)
-        return Matrix(rows, columns, tuple(_stretches(rows, columns, (), ())))
+        return Matrix(rows, columns, tuple(_pieces(rows, columns, (), ())))
     rows, columns = (prod(shape) // step.columns, step.columns) if step.columns else matrix_shape(shape)
-    windows = [update.window or Window(0, rows) for update in step.updates]
-    return Matrix(rows, columns, tuple(_stretches(rows, columns, windows, step.cuts)))
+    windows = [(place, at) for place, update in enumerate(step.updates) for at in _windows(update, rows)]
+    return Matrix(rows, columns, tuple(_pieces(rows, columns, windows, step.cuts)))
 
 
-def _stretches(rows: int, columns: int, windows: Sequence[Window], cuts: Iterable[int]) -> Iterator[Stretch]:
-    edges = chain(cuts, *((window.row, window.row + window.row_count) for window in windows))
+def _windows(update: Update, rows: int) -> Iterator[Window]:
+    """Yield the parts of a matrix of so many rows in which an update has products of its own."""
+    yield update.window or Window(0, rows)
+    yield from (Window(*at) for name, at in update.settings.items() if name.endswith(WINDOWS) and isinstance(at, tuple))
+
+
+def _pieces(rows: int, columns: int, windows: Sequence[tuple[int, Window]], cuts: Iterable[int]) -> Iterator[Stretch]:
+    edges = chain(cuts, *((window.row, window.row + window.row_count) for _, window in windows))
     for start, stop in pairwise(sorted({0, rows, *(edge for edge in edges if 0 < edge < rows)})):
-        updates = [place for place, at in enumerate(windows) if at.row < stop and start < at.row + at.row_count]
-        widths = (len(range(columns)[windows[place].columns(columns)]) for place in updates)
-        yield Stretch(start, stop - start, min(widths, default=columns), tuple(updates))
+        own = [(place, at) for place, at in windows if at.row < stop and start < at.row + at.row_count]
+        widths = (len(range(columns)[at.columns(columns)]) for _, at in own)
+        yield Stretch(start, stop - start, min(widths, default=columns), tuple(dict(own)))
 
 
 Step: TypeAlias = KeepTensor | UpdateTensor | ReplaceTensor
@@ -170,8 +184,7 @@ class InputFile:
     Attributes:
         path: where it lies.
         name: its file name, recorded in the output.
-        byte_count: its size.
-        header_sha256: SHA-256 of its header text.
+        byte_count: its size; header_sha256: SHA-256 of its header text.
     """
 
     path: str
@@ -194,10 +207,8 @@ class AdapterUse:
 
     Attributes:
         name: the tensor in the adapter's file.
-        use: `updates`, `replaces` or `adds` an output tensor, or `ignored`.
-        tensor_name: the output tensor; where there are several, their names with `*` for numbers.
-        count: how many output tensors.
-        reason: why it is ignored, else empty.
+        use: `updates`, `replaces` or `adds` an output tensor, or `ignored`; reason: why it is, else empty.
+        tensor_name: the output tensor; where there are several, their names with `*` for numbers; count: how many.
     """
 
     name: str
@@ -208,38 +219,54 @@ class AdapterUse:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterInput:
+    """One adapter of a merge.
+
+    Attributes:
+        root: its directory.
+        repo: `org/name@commit` of one from the hub, else empty.
+        config_sha256: SHA-256 of `adapter_config.json`, empty where it has none.
+        files: its tensor file.
+        uses: every one of its tensors and what becomes of it.
+        weight: by what its deltas are multiplied.
+    """
+
+    root: str
+    repo: str
+    config_sha256: str
+    files: tuple[InputFile, ...]
+    uses: tuple[AdapterUse, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class MergePlan:
     """Everything that a merge will write.
 
     Attributes:
         options: the choices that were made.
-        base_root: the base's directory or file; adapter_root: the adapter's directory.
-        base_repo: `org/name@commit` of a base from the hub, else empty; adapter_repo: the same of the adapter.
-        base_files: the base's shards; adapter_files: the adapter's tensor file.
+        base_root: the base's directory or file.
+        base_repo: `org/name@commit` of a base from the hub, else empty.
+        base_files: the base's shards.
         base_config_sha256: SHA-256 of `config.json`, empty where the base has none.
-        adapter_config_sha256: SHA-256 of `adapter_config.json`.
+        adapters: what is merged, in order.
         shards: the output shards, in the order they are written.
         written_files: index and edited config.
         side_files: files copied from the base; left_out: files that are not, with the reasons.
-        adapter_uses: every adapter tensor and what became of it.
         notes: what a user may want to know; never a lost delta.
         history: SHA-256 of the files of adapters that the base held already.
     """
 
     options: MergeOptions
     base_root: str
-    adapter_root: str
     base_repo: str
-    adapter_repo: str
     base_files: tuple[InputFile, ...]
-    adapter_files: tuple[InputFile, ...]
     base_config_sha256: str
-    adapter_config_sha256: str
+    adapters: tuple[AdapterInput, ...]
     shards: tuple[ShardPlan, ...]
     written_files: tuple[WrittenFile, ...]
     side_files: tuple[SideFile, ...]
     left_out: tuple[LeftOut, ...]
-    adapter_uses: tuple[AdapterUse, ...]
     notes: tuple[str, ...]
     history: tuple[str, ...] = ()
 
@@ -247,6 +274,16 @@ class MergePlan:
         """Yield every step, in the order in which tensors are written."""
         for shard in self.shards:
             yield from shard.steps
+
+    @property
+    def adapter_files(self) -> tuple[InputFile, ...]:
+        """The tensor files of all adapters."""
+        return tuple(file for adapter in self.adapters for file in adapter.files)
+
+    @property
+    def adapter_uses(self) -> tuple[AdapterUse, ...]:
+        """Every tensor of all adapters and what becomes of it."""
+        return tuple(use for adapter in self.adapters for use in adapter.uses)
 
     @property
     def tensor_bytes(self) -> int:

@@ -86,6 +86,8 @@ def _take_up(request: RunRequest, origins: ShardOrigins, staging: StagingDirecto
     origins.resumed = {name: replace(made, status=now[name]) for name, made in found.shards.items() if name in now}
     origins.journal = ShardJournal(staging.folder, choices_of(request), origins.resumed)
     staging.clear(origins.resumed)
+    made = [shard for shard in request.plan.shards if shard.name not in origins.taken_names]
+    origins.journal.reserve(len(made), sum(len(updated_names(shard)) for shard in made))
     if request.options.resume:
         staging.finished = lambda: origins.journal.finished if origins.journal else ()
     return list(_left_notes(found, staging, len(request.plan.shards)))

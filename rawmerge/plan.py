@@ -2,273 +2,229 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-from rawmerge.dtypes import DTYPES, OUTPUT_DTYPES
-from rawmerge.errors import PlanError, Problem, ProblemCollector
+from rawmerge.adapter_source import AdapterSource
+from rawmerge.combined_plan import combined_shards, losing_uses
+from rawmerge.dtypes import AUTO_DTYPE, OUTPUT_DTYPES
+from rawmerge.errors import PlanError, Problem, ProblemCollector, quote
 from rawmerge.formats.config_text import CONFIG_NAME
-from rawmerge.formats.shard_header import TensorEntry, format_shard_header
-from rawmerge.formats.weight_map import INDEX_NAME, WeightMap, format_weight_map
+from rawmerge.formats.model_config import with_dtype
 from rawmerge.inputs.adapter import Adapter, read_adapter
-from rawmerge.inputs.base_checkpoint import SINGLE_NAME, BaseCheckpoint, ShardContents, read_base
-from rawmerge.inputs.identity import RECORD_NAME, check_identity, merged_adapters, read_record
-from rawmerge.inputs.tensor_source import TensorFile, TensorSource
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint, read_base
+from rawmerge.inputs.identity import check_identity
 from rawmerge.layer_replication import layer_order, replicate_layers
-from rawmerge.matching.ledger import Addition
-from rawmerge.matching.matcher import Matches, match_adapter
-from rawmerge.merge_options import CHOICES, MergeOptions
-from rawmerge.merge_plan import (
-    InputFile,
-    KeepTensor,
-    MergePlan,
-    ReplaceTensor,
-    ShardPlan,
-    Step,
-    UpdateTensor,
-    WrittenFile,
-)
+from rawmerge.matching.matcher import match_adapter
+from rawmerge.merge_options import CHOICES, MergeOptions, combination_problems
+from rawmerge.merge_plan import AdapterInput, AdapterUse, MergePlan, WrittenFile
+from rawmerge.output.card_sources import with_card
 from rawmerge.output.output_config import OutputConfig
-from rawmerge.output.side_files import (
-    LeftOut,
-    SideFile,
-    differing_tokenizer_files,
-    list_side_files,
-    list_tokenizer_files,
-    loses_template,
-    override_side_files,
-)
+from rawmerge.output.side_files import SideFile, differing_tokenizer_files, list_side_files
+from rawmerge.planner import Planner, check_unique, input_file, sha256_of
+from rawmerge.resharding import reshard
+from rawmerge.weighted_plan import plan_with_weight, weighted_plan
 
 
 def make_plan(
-    base_root: Path, adapter_root: Path, options: MergeOptions, *, base_repo: str = "", adapter_repo: str = ""
+    base_root: Path, sources: Sequence[AdapterSource], options: MergeOptions, *, base_repo: str = ""
 ) -> MergePlan:
-    """Return the plan of merging the adapter into the base; nothing is written.
+    """Return the plan of merging adapters into the base; nothing is written.
 
     No tensor is read, but for the few that decide whether two copies are equal, and whether the base is the one that
-    the adapter was trained on.
+    an adapter was trained on.
 
     Args:
         base_root: directory or safetensors file of the base.
-        adapter_root: directory or safetensors file of the adapter.
+        sources: the adapters, in order.
         options: the choices that decide the output's bytes.
         base_repo: `org/name@commit` of a base from the hub, else empty.
-        adapter_repo: the same of the adapter.
 
     Raises:
         RefusedError: all reasons against the merge at once; the class is the reasons' own where they share one.
-        ValueError: an option is none of its choices.
+        ValueError: an option is none of its choices, or there is no adapter.
     """
-    _check_options(options)
+    _check_options(options, sources)
+    if found := list(combination_problems(options, sum(source.weight != 0 for source in sources))):
+        raise PlanError(*found)
     problems = ProblemCollector()
     with problems.absorb():
         base = read_base(base_root.absolute())  # a plan may be run from another folder
-    with problems.absorb():
-        adapter = read_adapter(adapter_root.absolute())
+    adapters = []
+    for source in sources:
+        with problems.absorb():
+            adapters.append((source, read_adapter(source.path.absolute())))
     problems.raise_if_any()
+    options = _with_stated_dtype(options, base)
+    plan = _plan_all(base, adapters, options, base_repo)
+    plan = reshard(plan, options.max_shard_size) if options.max_shard_size else plan
+    return with_card(plan, base, [adapter for _, adapter in adapters]) if options.card and base.is_directory else plan
+
+
+class _Planned(NamedTuple):
+    """One adapter's own plan, its place among those that were named, from 1, and what made it."""
+
+    place: int
+    planner: Planner
+    plan: MergePlan
+
+
+def _plan_all(
+    base: BaseCheckpoint, adapters: Sequence[tuple[AdapterSource, Adapter]], options: MergeOptions, base_repo: str
+) -> MergePlan:
+    problems, planned = ProblemCollector(), []
+    for place, (source, adapter) in enumerate(adapters, 1):
+        if source.weight:
+            with problems.absorb():
+                planned.append(_Planned(place, *_plan_one(base, source, adapter, options, base_repo)))
+    problems.raise_if_any()
+    if not planned:
+        hint = "the merge would equal the base"
+        raise PlanError(Problem("weights of the adapters", "one that is not 0", "none", hint))
+    if options.replaced_by and options.replaced_by not in {one.place for one in planned}:
+        raise PlanError(Problem("--replaced-by", "an adapter that is merged", f"{options.replaced_by}, of weight 0"))
+    plan = planned[0].plan if len(planned) == 1 else _combined(base, planned, adapters, options)
+    merged = iter(plan.adapters)
+    inputs = (next(merged) if source.weight else _unused(source, adapter) for source, adapter in adapters)
+    return replace(plan, adapters=tuple(inputs))
+
+
+def _plan_one(
+    base: BaseCheckpoint, source: AdapterSource, adapter: Adapter, options: MergeOptions, base_repo: str
+) -> tuple[Planner, MergePlan]:
+    """Return the plan of one adapter by itself, and what made it."""
     order = layer_order(adapter.config.layer_replication)
     notes = check_identity(base, adapter, base_repo, is_forced=options.force)
     base = replicate_layers(base, order) if order else base
     matches = match_adapter(base, adapter, options)
     config = OutputConfig(base, matches, adapter.config.task_type)
     config.edit(options.output_dtype, order)
-    plan = _Planner(base, adapter, matches, options, config).plan([*notes, *config.notes])
-    return replace(plan, base_repo=base_repo, adapter_repo=adapter_repo)
+    planner = Planner(base, adapter, matches, options, config)
+    made = replace(planner.plan([*notes, *config.notes]), base_repo=base_repo)
+    made = replace(made, adapters=(replace(made.adapters[0], repo=source.repo),))
+    weighted = plan_with_weight if options.combine else weighted_plan
+    return planner, (made if source.weight == 1 else weighted(made, source.weight))
 
 
-def _check_options(options: MergeOptions) -> None:
+def _combined(
+    base: BaseCheckpoint,
+    planned: Sequence[_Planned],
+    adapters: Sequence[tuple[AdapterSource, Adapter]],
+    options: MergeOptions,
+) -> MergePlan:
+    """Return one plan for several of one adapter each.
+
+    Raises:
+        PlanError: they do not go together.
+    """
+    plans, places = [one.plan for one in planned], [one.place for one in planned]
+    problems = ProblemCollector()
+    problems.add(PlanError, _shared_problems(base, planned, adapters))
+    problems.raise_if_any()
+    shards = combined_shards(plans, options, places)
+    check_unique(shards)
+    plain = _plain_config(base, options)
+    edited = next((one for one in planned if one.planner.config.text != plain), planned[0])
+    written = tuple(edited.planner.written_files(shards))
+    brought = next((plan for plan in plans if _brings_files(base, plan)), edited.plan)
+    return replace(
+        plans[0],
+        adapters=losing_uses(plans, places, options.replaced_by),
+        shards=shards,
+        written_files=written,
+        side_files=_beside(written, brought, plans),
+        left_out=brought.left_out,
+        notes=tuple(_all_notes(planned)),
+    )
+
+
+def _beside(written: Iterable[WrittenFile], brought: MergePlan, plans: Iterable[MergePlan]) -> tuple[SideFile, ...]:
+    """Return the copied files beside those that are written; each plan lacks what it writes itself."""
+    own = {file.name for file in written}
+    known = {file.name: file for plan in (*plans, brought) for file in plan.side_files}
+    names = {CONFIG_NAME, *(file.name for file in brought.side_files)} - own
+    return tuple(file for name, file in sorted(known.items()) if name in names)
+
+
+def _brings_files(base: BaseCheckpoint, plan: MergePlan) -> bool:
+    """Whether an adapter's own files are copied."""
+    own = list_side_files(base.root, ())[0] if base.is_directory else ()
+    return bool(set(plan.side_files) - set(own))
+
+
+def _shared_problems(
+    base: BaseCheckpoint,
+    planned: Sequence[_Planned],
+    adapters: Sequence[tuple[AdapterSource, Adapter]],
+) -> Iterator[Problem]:
+    """Yield what the plans decide for the whole model in more than one way."""
+    options = planned[0].planner.options
+    for _, adapter in adapters:
+        if adapter.config.layer_replication:
+            found = "layer_replication beside another adapter"
+            yield Problem(str(adapter.root), "adapters for the same layers", found, "merge them one after the other")
+    plain = _plain_config(base, options)
+    edits = {one.planner.config.text: one.place for one in planned if one.planner.config.text != plain}
+    if len(edits) > 1 or (edits and options.replaced_by not in {0, *edits.values()}):
+        found = "edits of several adapters, or of one that --replaced-by does not name, such as two vocabularies"
+        yield Problem(CONFIG_NAME, "one adapter that changes it", found, "merge them one after the other")
+    brought = [one.plan.side_files for one in planned if _brings_files(base, one.plan)]
+    if any(differing_tokenizer_files(*pair) or differing_tokenizer_files(*pair[::-1]) for pair in pairwise(brought)):
+        found = "other ones of several adapters"
+        yield Problem("--tokenizer adapter", "one adapter that brings a tokenizer", found, "--tokenizer base")
+
+
+def _plain_config(base: BaseCheckpoint, options: MergeOptions) -> str:
+    """Return the config of an output whose tensors have the base's names and shapes."""
+    has_edit = options.output_dtype and base.config.text
+    return with_dtype(base.config, options.output_dtype) if has_edit else base.config.text
+
+
+def _all_notes(planned: Sequence[_Planned]) -> Iterator[str]:
+    """Yield the notes of all plans, each once; those that not all have say whose they are."""
+    for note in dict.fromkeys(note for one in planned for note in one.plan.notes):
+        places = [str(one.place) for one in planned if note in one.plan.notes]
+        yield note if len(places) == len(planned) else f"adapter {' and '.join(places)}: {note}"
+    same: dict[str, list[str]] = {}
+    for one in planned:
+        same.setdefault(one.plan.adapters[0].root, []).append(str(one.place))
+    yield from (f"adapters {' and '.join(at)} are the same: {quote(root)}" for root, at in same.items() if len(at) > 1)
+
+
+def _unused(source: AdapterSource, adapter: Adapter) -> AdapterInput:
+    """Return an adapter of which nothing is merged."""
+    uses = (AdapterUse(name, "ignored", "", reason="its weight is 0") for name, _ in adapter.weights.sources())
+    return AdapterInput(
+        str(adapter.root), source.repo, sha256_of(adapter.config_text), (input_file(adapter.weights),), tuple(uses), 0.0
+    )
+
+
+def _with_stated_dtype(options: MergeOptions, base: BaseCheckpoint) -> MergeOptions:
+    """Return the options with the dtype that `auto` stands for.
+
+    Raises:
+        PlanError: the config states none that an output may have.
+    """
+    if options.output_dtype != AUTO_DTYPE:
+        return options
+    stated = base.config.stated_dtype
+    if stated not in OUTPUT_DTYPES:
+        expected = f"one of {', '.join(OUTPUT_DTYPES)}, for --dtype auto"
+        found = quote(stated) if stated else "none"
+        raise PlanError(Problem(f"dtype in {CONFIG_NAME}", expected, found, "name the dtype, as in --dtype bfloat16"))
+    return replace(options, output_dtype=stated)
+
+
+def _check_options(options: MergeOptions, sources: Sequence[AdapterSource]) -> None:
+    if not sources:
+        raise ValueError("at least one adapter is needed")
+    if options.replaced_by > len(sources):
+        problem = Problem("--replaced-by", f"the place of an adapter, 1 to {len(sources)}", str(options.replaced_by))
+        raise PlanError(problem)
     for field, allowed in CHOICES.items():
         if (value := getattr(options, field)) not in allowed:
             name = "dtype" if field == "output_dtype" else field
             raise ValueError(f"{name} must be one of {tuple(filter(None, allowed))}, not {value!r}")
-
-
-class _Planner:
-    def __init__(
-        self, base: BaseCheckpoint, adapter: Adapter, matches: Matches, options: MergeOptions, config: OutputConfig
-    ) -> None:
-        self.base = base
-        self.adapter = adapter
-        self.matches = matches
-        self.options = options
-        self.config = config
-
-    def plan(self, notes: Iterable[str]) -> MergePlan:
-        shards = tuple(self._plan_shard(contents) for contents in self.base.contents)
-        _check_unique(shards)
-        written = tuple(self._written_files(shards))
-        side_files, left_out = self._side_files(shards, written)
-        return MergePlan(
-            options=self.options,
-            base_root=str(self.base.root),
-            adapter_root=str(self.adapter.root),
-            base_repo="",
-            adapter_repo="",
-            base_files=tuple(map(_input_file, self.base.shards)),
-            adapter_files=(_input_file(self.adapter.weights),),
-            base_config_sha256=_sha256(self.base.config.text),
-            adapter_config_sha256=_sha256(self.adapter.config_text),
-            shards=shards,
-            written_files=written,
-            side_files=side_files,
-            left_out=left_out,
-            adapter_uses=self.matches.uses,
-            notes=(*notes, *self._notes()),
-            history=tuple(sorted(merged_adapters(read_record(self.base.root).fields))),
-        )
-
-    def _plan_shard(self, contents: ShardContents) -> ShardPlan:
-        steps = [self._plan_step(name, source) for name, source in contents.tensors]
-        steps.extend(self._added_steps(contents))
-        placed = tuple(_place(steps))
-        entries = tuple(step.entry for step in placed)
-        header, name = contents.shard.header, contents.shard.path.name
-        if entries == header.entries:
-            return ShardPlan(name, header.text, placed)
-        return ShardPlan(name, format_shard_header(entries, header.metadata), placed)
-
-    def _plan_step(self, name: str, source: TensorSource) -> Step:
-        replacement, overlay = self.matches.replacements.get(name), self.matches.overlays.get(name)
-        before = replacement or source
-        entry = TensorEntry(name, self._output_dtype(source.dtype), before.shape, 0, 0)
-        if overlay or name in self.matches.updates:
-            return self._update_step(entry, before, source.dtype)
-        if replacement:
-            return ReplaceTensor(entry, replacement, source)
-        return _keep_or_cast(entry, source)
-
-    def _update_step(self, entry: TensorEntry, source: TensorSource, base_dtype: str) -> UpdateTensor:
-        name = entry.name
-        return UpdateTensor(
-            entry,
-            source,
-            base_dtype,
-            self.matches.updates.get(name, ()),
-            columns=self.matches.columns.get(name, 0),
-            cuts=self.matches.cuts.get(name, ()),
-            overlay=self.matches.overlays.get(name),
-        )
-
-    def _added_steps(self, contents: ShardContents) -> Iterator[Step]:
-        """Yield the steps of tensors that the base lacks and this shard takes."""
-        is_last = contents is self.base.contents[-1]
-        own = {name for name, _ in contents.tensors}
-        for name, addition in self.matches.additions.items():
-            if addition.beside in own or (not addition.beside and is_last):
-                yield self._added_step(name, addition)
-
-    def _added_step(self, name: str, addition: Addition) -> Step:
-        source = addition.source
-        stored = self.base.tensors[addition.like].dtype if addition.like else self._usual_dtype(source.dtype)
-        entry = TensorEntry(name, self._output_dtype(stored), source.shape, 0, 0)
-        if name in self.matches.updates or name in self.matches.overlays:
-            return self._update_step(entry, source, stored)
-        if source.path == str(self.adapter.weights.path):
-            return ReplaceTensor(entry, source, None)
-        return _keep_or_cast(entry, source)
-
-    def _usual_dtype(self, stored: str) -> str:
-        """Return the dtype that most of the base's float tensors have; tensors of other kinds keep theirs."""
-        floats = [source.dtype for source in self.base.tensors.values() if DTYPES[source.dtype].is_mergeable]
-        usual = Counter(floats).most_common(1)
-        return usual[0][0] if usual and DTYPES[stored].is_mergeable else stored
-
-    def _output_dtype(self, stored: str) -> str:
-        asked = OUTPUT_DTYPES.get(self.options.output_dtype, stored)
-        return asked if DTYPES[stored].is_mergeable else stored
-
-    def _written_files(self, shards: tuple[ShardPlan, ...]) -> Iterator[WrittenFile]:
-        if not self.base.is_directory:
-            return
-        if self.config.text != self.base.config.text:
-            yield WrittenFile(CONFIG_NAME, self.config.text)
-        if self.base.weight_map or len(shards) > 1:
-            yield WrittenFile(INDEX_NAME, self._index_text(shards))
-
-    def _index_text(self, shards: tuple[ShardPlan, ...]) -> str:
-        entries = [(step.entry, shard.name) for shard in shards for step in shard.steps]
-        metadata = dict(self.base.weight_map.metadata) if self.base.weight_map else {}
-        metadata["total_size"] = sum(entry.byte_count for entry, _ in entries)
-        index = WeightMap({entry.name: shard_name for entry, shard_name in entries}, metadata)
-        return self.base.index_text if index == self.base.weight_map else format_weight_map(index)
-
-    def _side_files(
-        self, shards: Iterable[ShardPlan], written: Iterable[WrittenFile]
-    ) -> tuple[tuple[SideFile, ...], tuple[LeftOut, ...]]:
-        if not self.base.is_directory:
-            return (), ()
-        own = {shard.name for shard in shards} | {file.name for file in written} | {INDEX_NAME, RECORD_NAME}
-        kept, left_out = list_side_files(self.base.root, own)
-        if self.options.tokenizer != "adapter":
-            return kept, left_out
-        chosen, gone = override_side_files(kept, list_tokenizer_files(self.adapter.root))
-        return chosen, (*left_out, *gone)
-
-    def _tokenizer_notes(self) -> Iterator[str]:
-        """Yield what the choice of the tokenizer means."""
-        ours, theirs = list_side_files(self.base.root, ())[0], list_tokenizer_files(self.adapter.root)
-        if self.options.tokenizer == "adapter":
-            if not theirs:
-                yield "the adapter brings no tokenizer: the output gets the base's files"
-            elif loses_template(ours, override_side_files(ours, theirs)[0]):
-                yield "the base's chat template is lost: the adapter's tokenizer takes its place and has none"
-        elif differing := differing_tokenizer_files(ours, theirs):
-            listed = ", ".join(differing)
-            yield f"the output gets the base's tokenizer; the adapter brings another ({listed}): --tokenizer adapter"
-
-    def _notes(self) -> Iterator[str]:
-        yield from self.matches.notes
-        if self.base.is_directory:
-            yield from self._tokenizer_notes()
-        unlisted = {source for _, source in _unlisted(self.base)}
-        if unlisted:
-            yield f"{len(unlisted)} tensors are in the shards but not in the base's index; they are kept and listed"
-        is_indexed = self.base.weight_map and SINGLE_NAME not in self.base.weight_map.shard_names
-        if is_indexed and (self.base.root / SINGLE_NAME).exists():
-            yield f"{SINGLE_NAME} stands beside the index, which does not list it: it is left out"
-        if not self.base.is_directory:
-            yield "the base is a single file: no config or other side files are written"
-
-
-def _check_unique(shards: Iterable[ShardPlan]) -> None:
-    """Refuse an output with two tensors of one name, which no loader could read."""
-    counts = Counter(step.entry.name for shard in shards for step in shard.steps)
-    twice = [Problem(name, "each output tensor once", "it twice") for name, count in counts.items() if count > 1]
-    if twice:
-        raise PlanError(*twice)
-
-
-def _unlisted(base: BaseCheckpoint) -> Iterator[tuple[str, TensorSource]]:
-    """Yield the tensors that the shards hold and the index does not list."""
-    if base.weight_map:
-        listed = base.weight_map.shard_by_tensor
-        yield from ((name, at) for shard in base.shards for name, at in shard.sources() if name not in listed)
-
-
-def _keep_or_cast(entry: TensorEntry, source: TensorSource) -> Step:
-    is_kept = entry.dtype == source.dtype
-    return KeepTensor(entry, source) if is_kept else UpdateTensor(entry, source, source.dtype, ())
-
-
-def _place(steps: Iterable[Step]) -> Iterator[Step]:
-    """Yield the steps with their entries' offsets filled in, one after the other."""
-    position = 0
-    for step in steps:
-        entry = step.entry
-        count = 1
-        for size in entry.shape:
-            count *= size
-        end = position + DTYPES[entry.dtype].byte_count(count)
-        yield replace(step, entry=replace(entry, start=position, end=end))
-        position = end
-
-
-def _input_file(shard: TensorFile) -> InputFile:
-    return InputFile(str(shard.path), shard.path.name, shard.size, shard.digest)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest() if text else ""

@@ -17,7 +17,7 @@ from rawmerge.formats.strict_json import parse_json_object
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, UpdateTensor
 
-FORMAT: Final = "rawmerge-plan-1"
+FORMAT: Final = "rawmerge-plan-2"
 _AGAIN: Final = "make the plan again"
 _STEP_KEY: Final = "step"
 _STEPS: Final = {"keep": KeepTensor, "update": UpdateTensor, "replace": ReplaceTensor}

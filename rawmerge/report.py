@@ -11,14 +11,23 @@ from math import isfinite
 from typing import Any, Final
 
 from rawmerge.byte_sizes import format_bytes
+from rawmerge.combination import combination_of
 from rawmerge.errors import MemoryLimitError, Problem, RawmergeError, RefusedError, VerificationError, printable, quote
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inspection import Inspection
 from rawmerge.leftovers import Leftover
 from rawmerge.memory.budget import choose_budget
-from rawmerge.memory.forecast import describe_reach
-from rawmerge.merge_plan import AdapterUse, KeepTensor, MergePlan, ReplaceTensor, Step, Update, UpdateTensor
-from rawmerge.methods.interface import WHOLE
+from rawmerge.merge_plan import (
+    AdapterInput,
+    AdapterUse,
+    KeepTensor,
+    MergePlan,
+    ReplaceTensor,
+    Step,
+    Update,
+    UpdateTensor,
+)
+from rawmerge.methods.interface import COLUMNS, ROWS, WHOLE
 from rawmerge.output.outcome import count_steps
 from rawmerge.plan_json import format_plan
 from rawmerge.run_options import RunOptions
@@ -35,8 +44,7 @@ def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
     done = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     lines = [
         f"base      {plan.base_root}",
-        f"adapter   {plan.adapter_root} ({_account_summary(plan.adapter_uses)})",
-        *(f"  {line}" for line in account_lines(plan.adapter_uses)),
+        *(line for adapter in plan.adapters for line in _adapter_lines(adapter)),
         f"compute   {plan.options.compute_dtype}, output dtype {plan.options.output_dtype or 'as stored'}",
         f"tensors   {done}",
         *(f"  {line}" for line in _changed_lines(plan.steps())),
@@ -48,6 +56,12 @@ def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
         *(f"note      {note}" for note in plan.notes),
     ]
     return "\n".join(map(printable, lines))
+
+
+def _adapter_lines(adapter: AdapterInput) -> Iterator[str]:
+    weight = "" if adapter.weight == 1 else f", weight {adapter.weight:g}"
+    yield f"adapter   {adapter.root} ({_account_summary(adapter.uses)}{weight})"
+    yield from (f"  {line}" for line in account_lines(adapter.uses))
 
 
 def plan_json(plan: MergePlan, options: RunOptions | None = None) -> str:
@@ -201,12 +215,28 @@ def _describe_step(step: UpdateTensor | ReplaceTensor) -> str:
 
 def _describe_update(update: Update) -> str:
     match update.kind:
+        case "rounding":
+            return "then rounded"
+        case "combination":
+            return _describe_combination(update)
+        case "combined_lora":
+            how, count = update.settings["combine"], len(update.tensors) // 2
+            return f"{how} of {count} pairs of factors, {', '.join(_rank_and_scaling(update))}"
         case "token_rows":
             return f"{update.tensors['rows'].shape[0]} token rows replaced"
         case "lora_bias":
             return f"bias added, scaling {update.settings['scaling']:g}"
-    details = [*_rank_and_scaling(update), describe_reach(update)]
+    details = [*_rank_and_scaling(update), _reach_text(update)]
     return " ".join([update.kind, ", ".join(filter(None, details))]).strip()
+
+
+def _describe_combination(update: Update) -> str:
+    made = combination_of(update)
+    parts = dict.fromkeys(_describe_update(dataclasses.replace(part, reach=ROWS)) for part in made.updates)
+    density = f", density {made.density:g}" if made.density else ""
+    thrice = ", each computed three times" if made.prunes_by_magnitude else ""
+    whole = f", {_reach_text(update)}" if update.reach == WHOLE else ""
+    return f"{made.how}{density}, of {len(made.tasks)} deltas{thrice}{whole}: {'; '.join(parts)}"
 
 
 def _rank_and_scaling(update: Update) -> Iterator[str]:
@@ -247,3 +277,8 @@ def some_names(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _MAX_NAMES} more" if len(listed) > _MAX_NAMES else ""
     return (", ".join(listed[:_MAX_NAMES]) or "none") + more
+
+
+def _reach_text(update: Update) -> str:
+    """Return what an update needs beyond its own rows, in words; empty for nothing."""
+    return {COLUMNS: "the base read twice", WHOLE: "the whole tensor in memory"}.get(update.reach, "")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Unpack
 
+from rawmerge.combination import update_problems
 from rawmerge.computing.step_paths import StepPaths
 from rawmerge.computing.survival import Survival
 from rawmerge.consuming.consuming_run import check_consuming, consume_base, was_published
@@ -29,6 +30,7 @@ from rawmerge.output.outcome import Written, count_steps
 from rawmerge.output.output_directory import check_output, check_space, nearest_folder
 from rawmerge.output.shard_origins import ShardOrigins, find_origins
 from rawmerge.output.staging_directory import PUBLISHED_NOTE, reclaimed_bytes
+from rawmerge.output.survivals import lost_notes
 from rawmerge.plain_run import write_output
 from rawmerge.run_options import RunChoices, RunOptions
 from rawmerge.run_request import RunRequest
@@ -135,7 +137,7 @@ def _summary(
         byte_count=plan.byte_count,
         written_bytes=plan.byte_count - written.spared_bytes,
         seconds=seconds,
-        notes=notes,
+        notes=(*notes, *lost_notes(written.survivals, set(written.unchanged))),
         verified=request.options.verify,
         linked=written.linked,
         reused=written.reused,
@@ -241,7 +243,8 @@ def _check_plain(request: RunRequest, folder: Path) -> ShardOrigins:
     with problems.absorb():
         needed = request.plan.byte_count - origins.byte_count(request.plan)
         files = len(request.plan.shards) + len(request.plan.side_files) + len(request.plan.written_files)
-        check_space(request.output, needed + files * _BLOCK_BYTES - reclaimed_bytes(request.output))
+        less = "--consume-base needs room for about one shard, and deletes the base's as it goes"
+        check_space(request.output, needed + files * _BLOCK_BYTES - reclaimed_bytes(request.output), [less])
     problems.raise_if_any()
     return origins
 
@@ -265,11 +268,9 @@ def _check_names(plan: MergePlan) -> None:
 def _check_methods(plan: MergePlan) -> None:
     """Refuse a plan, which may be of a newer version, whose updates this one cannot compute."""
     steps = (step for shard in plan.shards for step in shard.steps if isinstance(step, UpdateTensor))
-    kinds = {update.kind: step.entry.name for step in steps for update in step.updates}
-    if problems := [
-        Problem(name, "an update that can be computed", kind) for kind, name in kinds.items() if kind not in METHODS
-    ]:
-        raise PlanError(*problems)
+    found = {problem.found: problem for step in steps for problem in update_problems(step, METHODS)}
+    if found:
+        raise PlanError(*found.values())
 
 
 def _describe(error: OSError) -> str:

@@ -78,5 +78,6 @@ class RunRequest:
         plan = self.plan
         shards = [Path(file.path) for file in (*plan.base_files, *plan.adapter_files)]
         sides = [Path(file.path) for file in plan.side_files]
-        files = (*shards, *sides, Path(plan.base_root), Path(plan.adapter_root) / CONFIG_NAME)
+        configs = [Path(adapter.root) / CONFIG_NAME for adapter in plan.adapters]
+        files = (*shards, *sides, Path(plan.base_root), *configs)
         return OutputPolicy(self.options.overwrite, RECORD_NAME, Path(plan.base_root), files)

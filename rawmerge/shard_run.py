@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Semaphore
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from rawmerge.computing.survival import Survival
 from rawmerge.engine.engine import Engine
@@ -17,6 +17,8 @@ from rawmerge.engine.shard_writer import OutputFile
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.run_request import RunRequest
 
+#: Shards that are open at a time: each takes two descriptors, of which a process may often have 1024.
+MOST_OPEN_SHARDS: Final = 128
 FinishedCallback: TypeAlias = Callable[[ShardPlan, Path, Collection[str], Mapping[str, Survival]], None]
 
 
@@ -64,8 +66,10 @@ class ShardRun:
         Raises:
             MergeError: a tensor is not finite, or an input changed; OSError: a file operation failed.
         """
-        if not shards:
-            return
+        for start in range(0, len(shards), MOST_OPEN_SHARDS):
+            self._make(shards[start : start + MOST_OPEN_SHARDS])
+
+    def _make(self, shards: Sequence[ShardPlan]) -> None:
         engine = Engine(
             self._compute_dtype,
             self._total_bytes,

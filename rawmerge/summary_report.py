@@ -36,7 +36,7 @@ def summary_text(summary: MergeSummary) -> str:
 
 
 def _surviving_lines(left: Surviving, unchanged: Sequence[str]) -> Iterator[str]:
-    """Yield what rounding left of the deltas in all, and where much of one is lost."""
+    """Yield what rounding left of the deltas in all, and where it left nothing; the notes say where it left little."""
     if left.changed is not None and left.lost is not None:
         yield (
             f"of the elements that the deltas move, {left.changed:.1%} changed in storage; "
@@ -46,11 +46,6 @@ def _surviving_lines(left: Surviving, unchanged: Sequence[str]) -> Iterator[str]
         yield (
             f"{len(unchanged)} updated tensors equal the base: their delta is smaller than the rounding "
             f"({some_names(unchanged)}); --dtype float32 keeps it"
-        )
-    if much := [f"{name} {lost:.0%}" for name, lost in left.much_lost.items() if name not in set(unchanged)]:
-        yield (
-            f"warning: half of the delta or more was lost in rounding in {len(much)} of {left.tensors} updated tensors "
-            f"({some_names(much)}); --dtype float32 keeps it"
         )
 
 

@@ -56,17 +56,18 @@ class Fault:
         return self._call(*arguments, **named)
 
 
-def places() -> Iterator[int]:
-    """Yield numbers of calls: the first ones, then ever fewer."""
+def places(*, all_of_them: bool) -> Iterator[int]:
+    """Yield numbers of calls: all, or the first ones, then ever fewer."""
     number = 1
     while True:
         yield number
-        number += 1 + number // 3
+        number += 1 if all_of_them else 1 + number // 3
 
 
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stands", [False, True])
 def test_an_operation_that_fails_leaves_the_output_absent_or_whole(
-    tiny: Paths, tmp_path: Path, stands: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: Paths, tmp_path: Path, stands: bool, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
     rawmerge.merge_adapter(*tiny, tmp_path / "golden")
@@ -75,7 +76,7 @@ def test_an_operation_that_fails_leaves_the_output_absent_or_whole(
     inputs = [folder_bytes(path) for path in tiny]
     count = failed = 0
     for name in CALLS:
-        for number in places():
+        for number in places(all_of_them=all_of_them):
             if stands:
                 rawmerge.merge_adapter(*tiny, output, dtype="float32", overwrite=True)
             with monkeypatch.context() as patch:

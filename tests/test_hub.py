@@ -158,9 +158,10 @@ def test_base_fetches_what_a_merge_needs_once(run: Runner) -> None:
 def test_single_file_base_and_adapter_fetch_their_files_only(run: Runner) -> None:
     base = {"model.safetensors": b"weights", "config.json": CONFIG}
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "tokenizer.json": b"{}"}
+    adapter["README.md"] = b"# lora"  # its licence is told in the output's card
     run.hub.commit("org/single", {**base, "pytorch_model.bin": b"twin", "other.safetensors": b"other"})
     run.hub.commit("org/bare", {"model.safetensors": b"weights"})
-    run.hub.commit("org/lora", {**adapter, "adapter_model.bin": b"twin", "README.md": b"", "config.json": CONFIG})
+    run.hub.commit("org/lora", {**adapter, "adapter_model.bin": b"twin", "config.json": CONFIG})
     calls = [("base", "org/single"), ("base", "org/bare"), ("adapter", "org/lora")]
     online = run(*calls)
     assert [outcome["files"] for outcome in online] == [sorted(base), ["model.safetensors"], sorted(adapter)]

@@ -16,6 +16,7 @@ import pytest
 import rawmerge
 from rawmerge.errors import OutputError
 from rawmerge.output import staging_directory
+from rawmerge.output.exchange import exchange
 from rawmerge.output.staging_directory import hidden_beside
 from tests.builders import folder_bytes, layered_merge
 
@@ -166,7 +167,7 @@ def test_merges_that_follow_each_other_closely_do_not_disturb_each_other(tiny: P
     for thread in threads:
         thread.join()
     refused = [item for item in ended if isinstance(item, rawmerge.RawmergeError)]
-    assert all("another process is making" in str(error) for error in refused), refused
+    assert all("another process is making" in str(error) for error in refused), list(map(str, refused))
     assert len(refused) < len(ended) == 36
     told = [note for item in ended if isinstance(item, rawmerge.MergeSummary) for note in item.notes]
     assert not any("killed" in note for note in told)
@@ -205,9 +206,9 @@ def test_an_exchange_is_at_once_or_not_at_all(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert staging_directory.exchange(tmp_path / "a", tmp_path / "b")
+    assert exchange(tmp_path / "a", tmp_path / "b")
     assert (names(tmp_path / "a"), names(tmp_path / "b")) == (["b"], ["a"])
-    assert not staging_directory.exchange(tmp_path / "a", tmp_path / "nothing")
+    assert not exchange(tmp_path / "a", tmp_path / "nothing")
     assert names(tmp_path) == ["a", "b"]
 
 

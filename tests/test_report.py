@@ -91,7 +91,7 @@ def test_a_size_is_right_to_a_hundredth_of_its_unit_and_below_a_thousand(count: 
 def test_a_plan_names_its_inputs_and_what_becomes_of_the_tensors(plan: MergePlan) -> None:
     text = plan_text(plan)
     assert lines_of(text, "base") == [plan.base_root]
-    assert lines_of(text, "adapter") == [f"{plan.adapter_root} (4 tensors: 4 updates)"]
+    assert lines_of(text, "adapter") == [f"{plan.adapters[0].root} (4 tensors: 4 updates)"]
     assert lines_of(text, "compute") == ["float32, output dtype as stored"]
     assert lines_of(text, "tensors") == ["2 kept, 2 updated"]
     assert lines_of(text, "output") == [f"{format_bytes(plan.byte_count)} in 2 shards"]
@@ -104,7 +104,7 @@ def test_layers_of_one_kind_are_one_line_of_a_plan(plan: MergePlan) -> None:
 def test_a_plan_lists_the_files_it_writes_copies_and_leaves_out(tiny: tuple[Path, Path]) -> None:
     (tiny[0] / "pytorch_model.bin").touch()
     text = plan_text(rawmerge.plan_merge(*tiny, dtype="float32"))
-    assert lines_of(text, "written") == ["config.json, model.safetensors.index.json, rawmerge.json"]
+    assert lines_of(text, "written") == ["config.json, model.safetensors.index.json, README.md, rawmerge.json"]
     assert lines_of(text, "copied") == ["tokenizer.json"]
     assert lines_of(text, "left out") == ["pytorch_model.bin: weights that the merge does not touch, or a pickle"]
 

@@ -196,6 +196,11 @@ def no_journal(folder: Path) -> None:
     (hidden(folder) / JOURNAL_NAME).unlink()
 
 
+def pipe_for_a_journal(folder: Path) -> None:
+    (hidden(folder) / JOURNAL_NAME).unlink()
+    os.mkfifo(hidden(folder) / JOURNAL_NAME)
+
+
 def journal_of_another_kind(folder: Path) -> None:
     (hidden(folder) / JOURNAL_NAME).write_text('{"format": "x"}\n')
 
@@ -210,6 +215,7 @@ def journal_of_another_kind(folder: Path) -> None:
         (linked, "inputs, or what was finished, have changed since"),
         (twice_named, "inputs, or what was finished, have changed since"),
         (no_journal, "it says nothing of its shards"),
+        (pipe_for_a_journal, "it says nothing of its shards"),
         (journal_of_another_kind, "it says nothing of its shards"),
     ],
 )
@@ -308,6 +314,39 @@ def test_paths_that_are_not_utf_8_go_on_too(tmp_path: Path) -> None:
     cut_off(paths, folder / "out", 2)
     assert rawmerge.merge_adapter(*paths, folder / "out").resumed == 2
     assert rawmerge.verify_merge(folder / "out", *paths).is_equal
+
+
+def test_notes_have_room_where_the_disk_is_full(
+    layered: Paths, tmp_path: Path, golden: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, hits = os.write, 0
+
+    def full(descriptor: int, raw: bytes) -> int:
+        nonlocal hits
+        if (hidden(tmp_path) / "reserve").exists() and b'"finished"' in raw:
+            hits += 1
+            return write(descriptor, raw[: len(raw) // 2])
+        return write(descriptor, raw)
+
+    monkeypatch.setattr(os, "write", full)
+    cut_off(layered, tmp_path / "out", 2)
+    monkeypatch.undo()
+    assert hits == 1
+    assert names(hidden(tmp_path)) == [JOURNAL_NAME, "output"]
+    assert rawmerge.merge_adapter(*layered, tmp_path / "out").resumed == 2
+    assert folder_bytes(tmp_path / "out") == golden
+
+
+def test_a_note_that_has_no_room_is_not_counted(
+    layered: Paths, tmp_path: Path, golden: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, raw: write(file, raw[:20]) if b'"identity"' in raw else 0)
+    cut_off(layered, tmp_path / "out", 2)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["adapter", "base"]
+    rawmerge.merge_adapter(*layered, tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == golden
 
 
 def test_half_a_line_of_a_journal_is_left_out(layered: Paths, tmp_path: Path, golden: dict[str, bytes]) -> None:

@@ -72,7 +72,7 @@ def test_headers_index_config_and_side_files_are_the_base_s_own_bytes(tiny: Path
     base, adapter = tiny
     rawmerge.merge_adapter(base, adapter, tmp_path / "out")
     ours, theirs = folder_bytes(tmp_path / "out"), folder_bytes(base)
-    assert ours.keys() == theirs.keys() | {"rawmerge.json"}
+    assert ours.keys() == theirs.keys() | {"README.md", "rawmerge.json"}
     for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
         assert ours[name] == theirs[name]
     for name in (name for name in theirs if name.endswith(".safetensors")):

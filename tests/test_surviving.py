@@ -94,11 +94,13 @@ def test_the_command_warns_and_names_the_remedy(graded: Paths, tmp_path: Path) -
     assert "of the elements that the deltas move, " in done.stderr
     lost = recorded(tmp_path / "out")["small.weight"]["lost"]
     where = f"in 1 of 3 updated tensors (small.weight {lost:.0%})"
-    assert f"warning: half of the delta or more was lost in rounding {where}; --dtype float32 keeps it" in done.stderr
+    warning = f"warning: half of the delta or more was lost in rounding {where}; --dtype float32 keeps it"
+    assert f"note: {warning}\n" in done.stderr
     wide = CliRunner().invoke(cli, [*command[:-1], str(tmp_path / "wide"), "--dtype", "float32"])
     assert "warning" not in wide.stderr
     told = CliRunner().invoke(cli, [*command[:-1], str(tmp_path / "json"), "--json"])
     left = json.loads(told.stdout)["surviving"]
+    assert any(note.startswith("warning: half of the delta") for note in json.loads(told.stdout)["notes"])
     assert (left["tensors"], list(left["much_lost"])) == (3, ["small.weight"])
     assert 0 < left["lost"] < 0.1
 

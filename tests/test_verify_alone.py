@@ -200,7 +200,7 @@ main()
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize(("module", "name"), [("verifying.verification", "replay"), ("api", "resolve_base")])
+@pytest.mark.parametrize(("module", "name"), [("verifying.verification", "replay"), ("planning", "resolve_base")])
 def test_an_interruption_says_that_it_was_not_verified(
     tiny: tuple[Path, Path], module: str, name: str, number: str, code: int
 ) -> None:

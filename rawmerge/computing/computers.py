@@ -20,7 +20,7 @@ from rawmerge.computing.survival import SurvivalTally
 from rawmerge.errors import MergeError
 from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.memory.budget import MemoryBudget
-from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Step, UpdateTensor, matrix_of
+from rawmerge.merge_plan import ROUNDING, ReplaceTensor, ShardPlan, Step, UpdateTensor, matrix_of
 from rawmerge.native.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -95,26 +95,25 @@ class Computers:
         certificates = self._paths.certificates
         if certificates is None:
             return
-        recipes = [pair.recipe for step in steps if (pair := self._paths.pair(step))]
+        recipes = [pair.recipe for step in steps for pair in self._paths.pairs(step)]
         missing = certificates.missing(recipes)
         if missing:
             certificates.add(_tried(missing, blas))
 
     def computer(self, step: UpdateTensor | ReplaceTensor) -> StepComputer:
         """Return a computer for `step`; nothing is read yet."""
-        pair = self._paths.pair(step)
-        block = self._paths.block(pair) if pair else None
         by_torch = _TorchComputer(self, step, self._tally(step))
-        if pair is None or not block:
+        if self._paths.needs_torch(step):
             return by_torch
-        computer = PairComputer(pair, block, self._files, by_torch.rows, by_torch.tally)
+        stages = [(pair, self._paths.block(pair) or 0) for pair in self._paths.pairs(step)]
+        computer = PairComputer(stages, self._files, by_torch.rows, by_torch.tally)
         return _PairComputer(computer, by_torch, self)
 
     def _tally(self, step: UpdateTensor | ReplaceTensor) -> SurvivalTally | None:
         if not self._measures or isinstance(step, ReplaceTensor) or not step.updates:
             return None
         matrix = matrix_of(step)
-        return SurvivalTally(matrix.rows, matrix.columns)
+        return SurvivalTally(matrix.rows, matrix.columns, 1 + sum(at.kind == ROUNDING for at in step.updates))
 
     def restore(self) -> None:
         """Give torch back what was changed of its settings."""

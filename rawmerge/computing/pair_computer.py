@@ -1,9 +1,9 @@
-"""One plain pair being merged by the compiled kernel: its right factor packed, its tiles read and merged."""
+"""A tensor's plain pairs being merged by the compiled kernel: right factors packed, tiles read and merged."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rawmerge.computing.factor_parts import left_rows, right_factor, tile_height
 from rawmerge.computing.plain_pairs import PlainPair
@@ -39,7 +39,7 @@ class PairScratch:
 
 
 class PairComputer:
-    """Merges the tiles of one plain pair, in any order, from any thread.
+    """Merges the tiles of a tensor's plain pairs, one after the other, in any order, from any thread.
 
     Attributes:
         changed: whether an element is known to differ from what it was before.
@@ -47,31 +47,34 @@ class PairComputer:
     """
 
     def __init__(
-        self, pair: PlainPair, block: int, files: OpenFiles, careful: Careful, tally: SurvivalTally | None = None
+        self,
+        stages: Sequence[tuple[PlainPair, int]],
+        files: OpenFiles,
+        careful: Careful,
+        tally: SurvivalTally | None = None,
     ) -> None:
         """Prepare nothing yet.
 
         Args:
-            pair: what is merged.
-            block: with which the kernel has torch's bits.
+            stages: what is merged, and the block with which the kernel has torch's bits.
             files: what base and adapter are read through.
             careful: computes a tile that the kernel leaves, for overflow and the like.
             tally: where what is left of the delta goes, None for nowhere.
         """
         self.changed = False
-        self.row_bytes = DTYPES[pair.recipe.result].byte_count(pair.recipe.columns)
-        self._pair = pair
-        self._block = block
+        recipe = stages[0][0].recipe
+        self.row_bytes = DTYPES[recipe.result].byte_count(recipe.columns)
+        self._stages = stages
         self._files = files
         self._careful = careful
         self._tally = tally
         self._lock = threading.Lock()
-        self._right: memoryview | None = None
+        self._right: list[memoryview] = []
 
     def tiles(self, tile_elements: int) -> Iterator[tuple[int, int]]:
         """Yield (first row, row count); the kernel's bits do not depend on how a matrix is cut."""
-        recipe = self._pair.recipe
-        most = tile_height(recipe, tile_elements)
+        recipe = self._stages[0][0].recipe
+        most = min(tile_height(pair.recipe, tile_elements) for pair, _ in self._stages)
         height = -(-recipe.rows // -(-recipe.rows // most)) if recipe.rows else most  # alike, for even work
         for first in range(0, recipe.rows, height):
             yield first, min(height, recipe.rows - first)
@@ -86,8 +89,8 @@ class PairComputer:
             InputChangedError: a file ended early.
         """
         right = self._prepared(scratch)
-        recipe, source = self._pair.recipe, self._pair.step.source
-        row_bytes = DTYPES[recipe.stored].byte_count(recipe.columns)
+        first, source = self._stages[0][0].recipe, self._stages[0][0].step.source
+        row_bytes = DTYPES[first.stored].byte_count(first.columns)
         pages = scratch.pages("stored", row_count * row_bytes)
         stored = pages[phase:][: row_count * row_bytes]
         self._files.read_into(source.path, source.offset + first_row * row_bytes, stored)
@@ -95,18 +98,32 @@ class PairComputer:
         if self.row_bytes != row_bytes:
             pages = scratch.pages("result", row_count * self.row_bytes)
             result = pages[phase:][: row_count * self.row_bytes]
-        left = left_rows(self._pair, self._files, (first_row, row_count), scratch)
-        kernel = PairKernel(recipe, self._block, self._pair.scaling, left, right)
-        sums = RowSums(self._tally.sums(), first_row, self._tally.stride) if self._tally else None
-        changed, needs_care = kernel.merge(stored, result, (0, row_count), finds_changes=not self.changed, tally=sums)
-        if needs_care:
-            result[:] = self._careful(first_row, row_count)
-        else:
-            self.changed = self.changed or changed
+        changed = False
+        for stage, factor in enumerate(right):
+            has_changed, needs_care = self._merge(stage, factor, (stored, result), (first_row, row_count), scratch)
+            if needs_care:
+                result[:] = self._careful(first_row, row_count)
+                return pages
+            stored, changed = result, changed or has_changed
+        self.changed = self.changed or changed
         return pages
 
-    def _prepared(self, scratch: PairScratch) -> memoryview:
+    def _merge(
+        self,
+        stage: int,
+        right: memoryview,
+        buffers: tuple[memoryview, memoryview],
+        rows: tuple[int, int],
+        scratch: PairScratch,
+    ) -> tuple[bool, bool]:
+        """Merge one pair, from one buffer into the other, which may be the same; return as `PairKernel.merge`."""
+        pair, block = self._stages[stage]
+        kernel = PairKernel(pair.recipe, block, pair.scaling, left_rows(pair, self._files, rows, scratch), right)
+        sums = RowSums(self._tally.sums(stage), rows[0], self._tally.stride) if self._tally else None
+        return kernel.merge(*buffers, (0, rows[1]), finds_changes=not self.changed, tally=sums)
+
+    def _prepared(self, scratch: PairScratch) -> list[memoryview]:
         with self._lock:
-            if self._right is None:
-                self._right = right_factor(self._pair, self._files, scratch)
+            if not self._right:
+                self._right = [right_factor(pair, self._files, scratch) for pair, _ in self._stages]
             return self._right

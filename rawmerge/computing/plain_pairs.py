@@ -1,4 +1,4 @@
-"""Which steps are plain LoRA, one pair of factors on one whole matrix, and all that their arithmetic depends on."""
+"""Which steps are plain LoRA, pairs of factors on one whole matrix, and all that their arithmetic depends on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import prod
 from typing import Final
 
 from rawmerge.inputs.tensor_source import TensorSource
-from rawmerge.merge_plan import Step, Update, UpdateTensor
+from rawmerge.merge_plan import ROUNDING, Step, Update, UpdateTensor
 from rawmerge.methods.interface import number
 from rawmerge.methods.lora import KIND
 from rawmerge.native import DTYPE_CODES
@@ -27,7 +27,7 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class PlainPair:
-    """A step that is `W + scaling * (left @ right)`; left (rows, rank), right (columns, rank)."""
+    """A stage of a step, `W + scaling * (left @ right)`; left (rows, rank), right (columns, rank)."""
 
     step: UpdateTensor
     left: Factor
@@ -36,40 +36,48 @@ class PlainPair:
     recipe: Recipe = field(compare=False)
 
 
-def find_pair(step: Step, compute_dtype: str) -> PlainPair | None:
-    """Return the pair of a step that is nothing but one; None for any other step."""
-    if not isinstance(step, UpdateTensor) or len(step.updates) != 1 or step.columns or step.overlay:
-        return None
-    update = step.updates[0]
-    if update.kind != KIND or update.window or not _has_plain_dtypes(step, update):
-        return None
+def find_pairs(step: Step, compute_dtype: str) -> tuple[PlainPair, ...]:
+    """Return the pairs of a step that is nothing but pairs, each merged after the one before; none for any other."""
+    if not isinstance(step, UpdateTensor) or not step.updates or step.columns or step.overlay:
+        return ()
+    if 0 in step.source.shape or prod(step.source.shape) < LEAST_ELEMENTS or step.base_dtype != step.source.dtype:
+        return ()
+    updates, roundings = step.updates[::2], step.updates[1::2]
+    if any(update.kind != ROUNDING for update in roundings) or not all(_is_plain(update) for update in updates):
+        return ()
+    dtypes = (step.source.dtype, *([step.entry.dtype] * (len(updates) - 1)))
+    if not {*dtypes, step.entry.dtype} <= DTYPE_CODES.keys():
+        return ()
+    return tuple(_pair(step, update, stored, compute_dtype) for update, stored in zip(updates, dtypes, strict=True))
+
+
+def _is_plain(update: Update) -> bool:
+    if update.kind != KIND or update.window or len(update.tensors) != 2:
+        return False
     (_, lora_a), (_, lora_b) = sorted(update.tensors.items())
-    if len(lora_a.shape) != 2 or len(lora_b.shape) != 2 or 0 in (*step.source.shape, *lora_a.shape):
-        return None
-    if lora_a.shape[0] == 1:  # torch multiplies without a sum then, so that a product of -0.0 stays one
-        return None
-    if prod(step.source.shape) < LEAST_ELEMENTS:
-        return None
+    if len(lora_a.shape) != 2 or len(lora_b.shape) != 2 or 0 in lora_a.shape:
+        return False
+    # torch multiplies without a sum where the rank is 1, so that a product of -0.0 stays one
+    return lora_a.shape[0] != 1 and {lora_a.dtype, lora_b.dtype} <= DTYPE_CODES.keys()
+
+
+def _pair(step: UpdateTensor, update: Update, stored: str, compute_dtype: str) -> PlainPair:
+    """Return the pair of one update, which meets values of the dtype `stored`."""
+    (_, lora_a), (_, lora_b) = sorted(update.tensors.items())
     is_transposed = bool(update.settings["is_transposed"])
     left, right = Factor(lora_b, lies_transposed=False), Factor(lora_a, lies_transposed=True)
     if is_transposed:
         left, right = right, left
-    rows, columns = step.source.shape[0], prod(step.source.shape[1:])
     # PEFT rounds a delta to the base's dtype; where the output has another, rawmerge does not
-    is_peft = compute_dtype == "float32" and step.source.dtype == step.entry.dtype
+    is_peft = compute_dtype == "float32" and stored == step.entry.dtype
     recipe = Recipe(
-        rows=rows,
-        columns=columns,
+        rows=step.source.shape[0],
+        columns=prod(step.source.shape[1:]),
         rank=lora_a.shape[0],
         is_transposed=is_transposed,
         is_double=compute_dtype == "float64",
-        stored=step.source.dtype,
+        stored=stored,
         result=step.entry.dtype,
         rounds_delta=bool(update.settings["rounds_delta"]) and is_peft and step.entry.dtype != "F32",
     )
     return PlainPair(step, left, right, number(update.settings, "scaling"), recipe)
-
-
-def _has_plain_dtypes(step: UpdateTensor, update: Update) -> bool:
-    codes = {step.source.dtype, step.entry.dtype, *(source.dtype for source in update.tensors.values())}
-    return codes <= DTYPE_CODES.keys() and step.base_dtype == step.source.dtype

@@ -23,7 +23,7 @@ _CODES: Final = {getattr(torch, DTYPES[code].torch_name): code for code in DTYPE
 
 #: The same rows (rows, columns) three times, on one device: as the updates met them, in any float dtype; after the
 #: updates, in compute dtype; as they are stored.
-Stages: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+States: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class RowMeter:
@@ -43,30 +43,30 @@ class RowMeter:
         """Return how many of some rows are sampled."""
         return len(self._tally.sampled(first_row, row_count))
 
-    def measure(self, first_row: int, stages: Stages, among: range, scratch: TileScratch) -> None:
+    def measure(self, first_row: int, states: States, among: range, scratch: TileScratch, stage: int = 0) -> None:
         """Put the sums of some rows into the tally: of those from `first_row` on that are `among` these."""
-        start, stop = max(first_row, among.start), min(first_row + len(stages[0]), among.stop)
+        start, stop = max(first_row, among.start), min(first_row + len(states[0]), among.stop)
         if start < stop:
-            before, after, now = (each[start - first_row : stop - first_row] for each in stages)
+            before, after, now = (each[start - first_row : stop - first_row] for each in states)
             if self._is_compiled and {before.dtype, now.dtype} <= _CODES.keys():
-                self._merged((before, after, now)).measure(RowSums(self._tally.sums(), start, self._tally.stride))
+                self._merged((before, after, now)).measure(RowSums(self._tally.sums(stage), start, self._tally.stride))
             else:
-                self.put(start, self.sums(start, (before, after, now), scratch))
+                self.put(start, self.sums(start, (before, after, now), scratch), stage)
 
-    def _merged(self, stages: Stages) -> MergedRows:
-        (before, after, now), buffers = stages, [each.view(-1).view(torch.uint8).numpy().data for each in stages]
+    def _merged(self, states: States) -> MergedRows:
+        (before, after, now), buffers = states, [each.view(-1).view(torch.uint8).numpy().data for each in states]
         codes, is_double = (_CODES[before.dtype], _CODES[now.dtype]), after.dtype == torch.float64
         return MergedRows((after.shape[0], after.shape[1]), buffers[0], buffers[1], buffers[2], codes, is_double)
 
-    def put(self, first_row: int, sums: torch.Tensor) -> None:
+    def put(self, first_row: int, sums: torch.Tensor, stage: int = 0) -> None:
         """Put what `sums` gave for rows from `first_row` on into the tally; it lies in the processor's memory."""
-        self._tally.put(first_row, sums.view(-1).numpy().data)
+        self._tally.put(first_row, sums.view(-1).numpy().data, stage)
 
-    def sums(self, first_row: int, stages: Stages, scratch: TileScratch) -> torch.Tensor:
+    def sums(self, first_row: int, states: States, scratch: TileScratch) -> torch.Tensor:
         """Return float64 (sampled rows, `SUMS`) of rows from `first_row` on, on their device; Metal's on the CPU."""
-        sampled = self._tally.sampled(first_row, len(stages[0]))
+        sampled = self._tally.sampled(first_row, len(states[0]))
         step = slice(sampled.start - first_row, None, self._tally.stride)
-        before, after, now = (each[step] for each in stages)
+        before, after, now = (each[step] for each in states)
         if after.device.type == "mps":  # which has no float64
             before, after, now, scratch = before.cpu(), after.cpu(), now.cpu(), TileScratch()
         limit = _ELEMENTS if after.device.type == "cpu" else _ELEMENTS_THERE
@@ -82,9 +82,9 @@ class RowMeter:
         return sums.T.contiguous()
 
 
-def _sums(stages: Stages, scratch: TileScratch) -> torch.Tensor:
+def _sums(states: States, scratch: TileScratch) -> torch.Tensor:
     """Return float64 (`SUMS`, rows) of rows (rows, columns), made in memory that is there: that takes half the time."""
-    before, after, now = stages
+    before, after, now = states
     rows, columns = after.shape
     base = scratch.tensor("base", (rows, columns), after.dtype).copy_(before)
     stored = before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from rawmerge.computing.certificates import Certificates
-from rawmerge.computing.plain_pairs import PlainPair, find_pair
+from rawmerge.computing.plain_pairs import PlainPair, find_pairs
 from rawmerge.engine.tiles import is_low
 from rawmerge.merge_plan import Step
 from rawmerge.native import kernel
@@ -24,19 +24,20 @@ class StepPaths:
         self.certificates = Certificates() if has_kernel else None
         self._compute_dtype = compute_dtype
         self._has_callers_torch = "torch" in sys.modules
-        self._pairs: dict[int, tuple[Step, PlainPair | None]] = {}
+        self._pairs: dict[int, tuple[Step, tuple[PlainPair, ...]]] = {}
 
-    def pair(self, step: Step) -> PlainPair | None:
-        """Return a step's pair if the kernel may do it; it is asked for by whoever forecasts, orders and computes."""
+    def pairs(self, step: Step) -> tuple[PlainPair, ...]:
+        """Return a step's pairs if the kernel may do it; they are asked for by who forecasts, orders and computes."""
         known = self._pairs.get(id(step))
-        if known is None:  # the step is kept beside it, so that no other gets its number
+        if known is None:  # the step is kept beside them, so that no other gets its number
             known = self._pairs[id(step)] = (step, self._find(step))
         return known[1]
 
-    def _find(self, step: Step) -> PlainPair | None:
-        pair = find_pair(step, self._compute_dtype) if self.certificates else None
+    def _find(self, step: Step) -> tuple[PlainPair, ...]:
+        pairs = find_pairs(step, self._compute_dtype) if self.certificates else ()
         # bits of low products depend on torch's thread count, which a caller who has torch may have changed
-        return None if pair and self._has_callers_torch and is_low(pair.recipe.rows, pair.recipe.columns) else pair
+        is_unsure = self._has_callers_torch and any(is_low(pair.recipe.rows, pair.recipe.columns) for pair in pairs)
+        return () if is_unsure else pairs
 
     def block(self, pair: PlainPair) -> int | None:
         """Return the block with which the kernel has torch's bits; 0 for none, None where no trial was made."""
@@ -44,5 +45,5 @@ class StepPaths:
 
     def needs_torch(self, step: Step) -> bool:
         """Whether torch must be imported before this step can be computed."""
-        pair = self.pair(step)
-        return pair is None or not self.block(pair)
+        pairs = self.pairs(step)
+        return not pairs or not all(map(self.block, pairs))

@@ -68,7 +68,15 @@ class SurvivalTally:
         stride: row r of the matrix view is sampled where it divides r.
     """
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, stages: int = 1) -> None:
+        """Begin with none.
+
+        Args:
+            rows: of the matrix view.
+            columns: of the matrix view.
+            stages: how many adapters are merged into it one after the other; each delta counts by itself.
+        """
+        self._stages = stages
         self.stride = max(1, -(-rows * columns // SAMPLE_ELEMENTS), -(-rows // SAMPLE_ROWS))
         self._rows = rows
         self._rows_left = rows
@@ -79,17 +87,18 @@ class SurvivalTally:
         """Return the numbers of the sampled rows among some."""
         return range(-(-first_row // self.stride) * self.stride, first_row + row_count, self.stride)
 
-    def sums(self) -> memoryview:
-        """Return float64 (sampled rows, `SUMS`), flat: those of row r begin at `r // stride * SUMS`."""
+    def sums(self, stage: int = 0) -> memoryview:
+        """Return a stage's float64 (sampled rows, `SUMS`), flat: those of row r begin at `r // stride * SUMS`."""
+        count = len(self.sampled(0, self._rows)) * SUMS
         with self._lock:
             if self._sums is None:  # of tensors that wait for their turn there may be many
-                self._sums = array("d", bytes(len(self.sampled(0, self._rows)) * SUMS * 8))
-            return memoryview(self._sums)
+                self._sums = array("d", bytes(count * self._stages * 8))
+            return memoryview(self._sums)[stage * count : (stage + 1) * count]
 
-    def put(self, first_row: int, sums: memoryview) -> None:
+    def put(self, first_row: int, sums: memoryview, stage: int = 0) -> None:
         """Put the sums of the sampled rows from a row on, float64 (rows, `SUMS`), flat, in place of what was there."""
         start = -(-first_row // self.stride) * SUMS
-        self.sums()[start : start + len(sums)] = sums
+        self.sums(stage)[start : start + len(sums)] = sums
 
     def finish(self, row_count: int) -> Survival | None:
         """Count rows whose tiles are done; return what became of the delta with the last, and forget the sums."""

@@ -13,32 +13,29 @@ from math import prod
 
 import torch
 
+from rawmerge.combination import combination_of
 from rawmerge.computing.blas_threads import BlasThreads
 from rawmerge.computing.device_tiles import updates_on
 from rawmerge.computing.devices import Device, Lane
 from rawmerge.computing.large_factors import left_role
+from rawmerge.computing.prepared_combination import prepare_combination
 from rawmerge.computing.rounding import differs, make_nans_canonical, may_overflow, newly_non_finite, round_into
 from rawmerge.computing.row_meter import RowMeter
 from rawmerge.computing.shared_tensors import SharedTensors
 from rawmerge.computing.sliced_lora import SlicedLora
+from rawmerge.computing.stages import PreparedRounding, stages
 from rawmerge.computing.survival import SUMS
+from rawmerge.computing.tensor_reading import as_bytes, read_part, read_tensor
+from rawmerge.computing.tensor_reading import torch_dtype as torch_dtype
 from rawmerge.computing.tile_scratch import TileScratch as TileScratch  # the engine and tests take it from here
 from rawmerge.computing.windowed_update import WindowedUpdate as WindowedUpdate
-from rawmerge.dtypes import DTYPES
 from rawmerge.engine.tiles import BLOCK_ELEMENTS, tile_rows
 from rawmerge.errors import NonFiniteTensorError, UnfitValuesError
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
-from rawmerge.merge_plan import ReplaceTensor, Update, UpdateTensor, Window, matrix_of
+from rawmerge.merge_plan import COMBINATION, ROUNDING, SUMMED, ReplaceTensor, Update, UpdateTensor, Window, matrix_of
 from rawmerge.methods import METHODS
 from rawmerge.methods.interface import WHOLE, PreparedUpdate, TileContext
 from rawmerge.methods.lora import PreparedLora
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """Return the torch dtype of a storage dtype code that tensors are read in: plain floats and integers."""
-    dtype = getattr(torch, DTYPES[code].torch_name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 class TensorComputer:
@@ -87,8 +84,10 @@ class TensorComputer:
         self._tile_dtype = torch.float64 if is_double else torch.float32
         # PEFT rounds some things to the base's dtype on the way; where it has no say, that would only lose precision
         is_peft = base_dtype == self._output_dtype and compute_dtype == "float32"
+        self._is_double = compute_dtype == "float64"
         self._rounding_dtype = base_dtype if is_peft else None
-        kinds = [update.kind for update in step.updates] if isinstance(step, UpdateTensor) else []
+        updates = step.updates if isinstance(step, UpdateTensor) else ()
+        kinds = [update.kind for update in updates if update.kind != ROUNDING]
         # float64 is rounded once only if it is rounded at all: results stored so are the CPU's own
         place = None if self._output_dtype == torch.float64 else device
         stored = (self._source_dtype, base_dtype, self._output_dtype)
@@ -115,9 +114,9 @@ class TensorComputer:
         if self._there is not None:
             result = self._there.attempt(updates, partial(self._compute_there, first_row, row_count))
             if result is not None:
-                return _as_bytes(result)
+                return as_bytes(result)
         rows = range(first_row, first_row + row_count)
-        return _as_bytes(self._compute_here(rows, updates, scratch, rows if measured is None else measured))
+        return as_bytes(self._compute_here(rows, updates, scratch, rows if measured is None else measured))
 
     def _compute_here(
         self, rows: range, updates: Sequence[PreparedUpdate], scratch: TileScratch, measured: range
@@ -128,18 +127,21 @@ class TensorComputer:
         before = self._read_tile(first_row, shape, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
         stretch = self._matrix.stretch_at(first_row)
-        own = [updates[place] for place in stretch.updates]
+        own = stages(updates[place] for place in stretch.updates)
         # the whole of a low product must be PEFT's own call
         is_whole = row_count == stretch.row_count and stretch.is_low
         for first, count in [(0, row_count)] if is_whole else tile_rows(*shape, BLOCK_ELEMENTS):
             block, rounded = before[first : first + count], result[first : first + count]
-            # other threads' counts cost time, and more of it in spinning; so only where bits depend on it
-            with self._blas.whole() if is_whole else nullcontext():
-                tile = self._update_block(block, first_row + first, own, scratch)
-            round_into(rounded, tile)
-            self._check(rounded, tile, block)
-            if self._meter and own:
-                self._meter.measure(first_row + first, (block, tile, rounded), measured, scratch)
+            for stage, applied in own:
+                if stage != own[0][0]:
+                    block = scratch.tensor("between", (count, shape[1]), self._output_dtype).copy_(rounded)
+                # other threads' counts cost time, and more of it in spinning; so only where bits depend on it
+                with self._blas.whole() if is_whole else nullcontext():
+                    tile = self._update_block(block, first_row + first, applied, scratch)
+                round_into(rounded, tile)
+                self._check(rounded, tile, block)
+                if self._meter and applied:
+                    self._meter.measure(first_row + first, (block, tile, rounded), measured, scratch, stage)
         return result
 
     def _compute_there(
@@ -149,23 +151,28 @@ class TensorComputer:
         shape = (row_count, self._matrix.columns)
         before = self._read_tile(first_row, shape, lane.host)
         result = lane.host.tensor("result", shape, self._output_dtype)
-        own = [updates[place] for place in self._matrix.stretch_at(first_row).updates]
-        sampled = self._meter.count(first_row, row_count) if self._meter and own else 0
-        sums, begun = lane.host.tensor("sums", (sampled, SUMS), torch.float64), 0
+        own = stages(updates[place] for place in self._matrix.stretch_at(first_row).updates)
+        sampled = self._meter.count(first_row, row_count) if self._meter and own[0][1] else 0
+        sums, begun = lane.host.tensor("sums", (len(own) * sampled, SUMS), torch.float64), 0
         with lane.working():
             for first, count in tile_rows(*shape, elements):
-                block = lane.upload(before[first : first + count])
-                tile = self._update_block(block, first_row + first, own, lane.scratch)
+                block, part = lane.upload(before[first : first + count]), sums[:0]
                 rounded = lane.scratch.tensor("result", (count, shape[1]), self._output_dtype)
-                round_into(rounded, tile)
-                self._check(rounded, tile, block)
+                for place, (_, applied) in enumerate(own):
+                    if place:
+                        block = lane.scratch.tensor("between", (count, shape[1]), self._output_dtype).copy_(rounded)
+                    tile = self._update_block(block, first_row + first, applied, lane.scratch)
+                    round_into(rounded, tile)
+                    self._check(rounded, tile, block)
+                    if self._meter and sampled:
+                        part = self._meter.sums(first_row + first, (block, tile, rounded), lane.scratch)
+                        start = place * sampled + begun
+                        lane.download(part, sums[start : start + len(part)])
                 lane.download(rounded, result[first : first + count])
-                if self._meter and sampled:
-                    part = self._meter.sums(first_row + first, (block, tile, rounded), lane.scratch)
-                    lane.download(part, sums[begun : begun + len(part)])
-                    begun += len(part)
-        if self._meter and sampled:
-            self._meter.put(first_row, sums)
+                begun += len(part)
+        for place, (stage, _) in enumerate(own):
+            if self._meter and sampled:
+                self._meter.put(first_row, sums[place * sampled : (place + 1) * sampled], stage)
         return result
 
     def _update_block(
@@ -203,7 +210,7 @@ class TensorComputer:
         """Return rows of a stored tensor, in its own dtype; they stay valid until the thread's next read."""
         stored = scratch.tensor("stored", shape, torch_dtype(source.dtype))
         offset = source.offset + first_row * shape[1] * stored.itemsize
-        self._files.read_into(source.path, offset, _as_bytes(stored))
+        self._files.read_into(source.path, offset, as_bytes(stored))
         return stored
 
     def _check(self, result: torch.Tensor, tile: torch.Tensor, before: torch.Tensor) -> None:
@@ -224,31 +231,43 @@ class TensorComputer:
 
     def _prepare(self) -> Iterator[PreparedUpdate]:
         earlier: list[tuple[int, PreparedUpdate]] = []
+        dtypes = self._base_dtype, self._rounding_dtype
         for place, update in enumerate(self.step.updates if isinstance(self.step, UpdateTensor) else ()):
-            sliced = left_role(update) if self._there is None else ""
-            held = {role: source for role, source in update.tensors.items() if role != sliced}
-            tensors = {role: self._shared.read(source, self._read_tensor) for role, source in held.items()}
-            tensors |= {sliced: torch.empty(0)} if sliced else {}
-            context = TileContext(
-                shape=self._shape_of(update.window),
-                compute_dtype=self._tile_dtype,
-                rounding_dtype=self._rounding_dtype,
-                base_dtype=self._base_dtype,
-                tiles=partial(self._base_tiles, tuple(earlier), update.window),
-            )
-            # what sees the whole tensor makes PEFT's own calls, threads included; one at a time, for its memory
-            is_whole = update.reach == WHOLE or any(stretch.is_low for stretch in self._matrix.stretches)
-            with self._blas.whole() if is_whole else nullcontext():
-                prepared = self._prepared_update(update, tensors, context)
-            if sliced and isinstance(prepared, PreparedLora):
-                prepared = SlicedLora(prepared, update.tensors[sliced], self._read_part)
-            windowed = WindowedUpdate(prepared, update.window) if update.window else prepared
-            earlier.append((place, windowed))
-            yield windowed
+            if update.kind == ROUNDING:  # what follows has the output so far for its base
+                dtypes = self._output_dtype, None if self._is_double else self._output_dtype
+                prepared: PreparedUpdate = PreparedRounding(self._output_dtype)
+            elif update.kind == COMBINATION:  # no delta is rounded before its elements are compared
+                prepare = partial(self._prepare_one, past=(), dtypes=(dtypes[0], None))
+                own = combination_of(update)
+                prepared = prepare_combination(own, prepare, self._matrix, self._tile_dtype, self._blas)
+            else:
+                prepared = self._prepare_one(update, tuple(earlier), dtypes)
+            earlier.append((place, prepared))
+            yield prepared
 
-    def _prepared_update(
-        self, update: Update, tensors: Mapping[str, torch.Tensor], context: TileContext
+    def _prepare_one(
+        self, update: Update, past: Sequence[tuple[int, PreparedUpdate]], dtypes: tuple[torch.dtype, torch.dtype | None]
     ) -> PreparedUpdate:
+        sliced = left_role(update) if self._there is None else ""
+        held = {role: source for role, source in update.tensors.items() if role != sliced}
+        tensors = {role: self._shared.read(source, partial(read_tensor, self._files)) for role, source in held.items()}
+        tensors |= {sliced: torch.empty(0)} if sliced else {}
+        context = TileContext(
+            shape=self._shape_of(update.window),
+            compute_dtype=self._tile_dtype,
+            rounding_dtype=None if update.settings.get(SUMMED) else dtypes[1],
+            base_dtype=dtypes[0],
+            tiles=partial(self._base_tiles, past, update.window),
+        )
+        # what sees the whole tensor makes PEFT's own calls, threads included; one at a time, for its memory
+        is_whole = update.reach == WHOLE or any(stretch.is_low for stretch in self._matrix.stretches)
+        with self._blas.whole() if is_whole else nullcontext():
+            prepared = self._by_method(update, tensors, context)
+        if sliced and isinstance(prepared, PreparedLora):
+            prepared = SlicedLora(prepared, update.tensors[sliced], partial(read_part, self._files))
+        return WindowedUpdate(prepared, update.window) if update.window else prepared
+
+    def _by_method(self, update: Update, tensors: Mapping[str, torch.Tensor], context: TileContext) -> PreparedUpdate:
         try:
             return METHODS[update.kind].prepare(update.settings, tensors, context)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not mark it public
@@ -279,22 +298,3 @@ class TensorComputer:
                 if place in self._matrix.stretch_at(first).updates:
                     update.apply(tile, first, scratch)
             yield start - part.row, tile[start - first : stop - first, part.columns(columns)]
-
-    def _read_part(self, source: TensorSource, first: int, count: int, is_columns: bool) -> torch.Tensor:
-        """Return some rows of a stored matrix, or some of its columns, as a matrix of its own."""
-        if not is_columns:
-            return self._read_tensor(source.rows(first, count))
-        part = torch.empty(source.shape[0], count, dtype=torch_dtype(source.dtype))
-        for number, row in enumerate(part):
-            offset = source.offset + (number * source.shape[1] + first) * part.itemsize
-            self._files.read_into(source.path, offset, _as_bytes(row))
-        return part
-
-    def _read_tensor(self, source: TensorSource) -> torch.Tensor:
-        tensor = torch.empty(source.shape, dtype=torch_dtype(source.dtype))
-        self._files.read_into(source.path, source.offset, _as_bytes(tensor))
-        return tensor
-
-
-def _as_bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -52,7 +52,9 @@ def _problems_of_base(plan: MergePlan, links: bool) -> Iterator[Problem]:
 
 
 def _problems_of_names(plan: MergePlan) -> Iterator[Problem]:
-    for path in dict.fromkeys((plan.base_root, plan.adapter_root, *(file.path for file in plan.base_files))):
+    for path in dict.fromkeys(
+        (plan.base_root, *(at.root for at in plan.adapters), *(file.path for file in plan.base_files))
+    ):
         if not _is_text(path):  # the journal, without which nothing can go on, is JSON
             yield Problem(path, "a path in UTF-8, to be noted in a journal", "other bytes", _HINT)
 

@@ -17,6 +17,7 @@ from rawmerge.computing.survival import Survival
 from rawmerge.errors import OutputError, Problem, RefusedError
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.inputs.file_status import FileStatus
+from rawmerge.inputs.tensor_source import read_small_file
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.staging_directory import sync_directory
 from rawmerge.output.survivals import parse_survivals, survival_fields
@@ -24,6 +25,8 @@ from rawmerge.plan_json import format_plan, parse_plan
 
 FORMAT: Final = "rawmerge-journal-2"
 JOURNAL_NAME: Final = "journal.jsonl"
+#: The plan of a large model with an adapter on each expert takes a tenth of it.
+MAX_JOURNAL_BYTES: Final = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ def read_journal(folder: Path) -> Journal | None:
     if not os.path.exists(path):  # noqa: PTH110  # false for a name that no file can have, which Path says loudly
         return None
     try:
-        lines = _whole_lines(path.read_bytes())
+        lines = _whole_lines(read_small_file(path, MAX_JOURNAL_BYTES))
         return _parse(path, lines) if lines else None
     except (OSError, RefusedError, StrictJsonError, LookupError, TypeError, ValueError, AttributeError) as error:
         hint = (

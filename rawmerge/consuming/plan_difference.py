@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Final
 
+from rawmerge.dtypes import AUTO_DTYPE, OUTPUT_DTYPES
 from rawmerge.errors import Problem, quote
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
@@ -17,15 +18,29 @@ _NAMES: Final = {
     "moe_lora_b_layout": "--moe-lora-b-layout",
     "vocab": "--vocab",
     "tokenizer": "--tokenizer",
+    "max_shard_size": "--max-shard-size",
     "force": "--force",
+    "card": "the model card",
     "base_root": "BASE",
-    "adapter_root": "ADAPTER",
+    "order": "--order",
+    "replaced_by": "--replaced-by",
+    "combine": "--combine",
+    "density": "--density",
+    "majority_sign": "--majority-sign",
+    "seed": "--seed",
+    "adapters": "ADAPTER",
 }
 
 
 def option_differences(before: MergeOptions, now: MergeOptions) -> Iterator[Problem]:
     """Yield a problem for each choice that is another."""
-    yield from _differences(before, now)
+    yield from _differences(before, as_resolved(now, before.output_dtype))
+
+
+def as_resolved(options: MergeOptions, dtype: str) -> MergeOptions:
+    """Return what is asked for with the dtype of a plan of the same base, which `auto` stands for if it has one."""
+    is_auto = options.output_dtype == AUTO_DTYPE and dtype in OUTPUT_DTYPES
+    return dataclasses.replace(options, output_dtype=dtype) if is_auto else options
 
 
 def plan_differences(before: MergePlan, now: MergePlan) -> Iterator[Problem]:
@@ -52,4 +67,6 @@ def _texts(before: object, now: object) -> tuple[str, str]:
             return (quote(before) if before else "none"), (quote(now) if now else "none")
         case bool(), bool():
             return ("given" if before else "not given"), ("given" if now else "not given")
+        case (int(), int()) | (float(), float()):
+            return f"{before or 'none'}", f"{now or 'none'}"
     return "the same", "another"

@@ -79,7 +79,7 @@ class UnfinishedFolder:
     def refusal(self, journal: Journal, differences: Iterable[Problem]) -> OutputError:
         """Return why another merge to the same output is refused: in what it differs, and what can be done."""
         plan = journal.beginning.plan
-        found = f"one of {plan.adapter_root} into {plan.base_root}"
+        found = f"one of {', '.join(adapter.root for adapter in plan.adapters)} into {plan.base_root}"
         expected = "no unfinished merge to this output, or the same command"
         return OutputError(Problem(str(self.path), expected, found, self._way_out(journal)), *differences)
 

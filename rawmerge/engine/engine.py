@@ -6,7 +6,7 @@ job's bytes depend on nothing but its own range, so their order and number chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -92,20 +92,39 @@ class Engine:
         workers: ThreadPoolExecutor,
         helper: ThreadPoolExecutor,
     ) -> None:
-        """Submit all jobs: first those that can do without torch, while it is imported for the others."""
+        """Submit all jobs: those that can do without torch run ahead, while it is imported for the others.
+
+        Only as long as that, so that shards are finished one after the other: what is cut off goes on from them.
+        """
         late = {id(shard): [step for step in shard.plan.steps if self._is_late(step)] for shard in shards}
         loading = self._load([step for steps in late.values() for step in steps], helper)
+        waiting: list[ShardInWork] = []
         for shard in shards:
             running.submit(workers, shard, self._early_jobs(shard, late[id(shard)]))
-            if not late[id(shard)]:
-                running.end(shard)
-        if loading:
-            loading.result()
-        for shard in shards:
             if late[id(shard)]:
-                for step in late[id(shard)]:
-                    running.submit(workers, shard, self._tile_jobs(step, shard))
+                waiting.append(shard)
+            else:
                 running.end(shard)
+            if loading is None or loading.done():
+                self._end_all(waiting, late, running, workers, loading)
+        self._end_all(waiting, late, running, workers, loading)
+
+    def _end_all(
+        self,
+        waiting: list[ShardInWork],
+        late: Mapping[int, Sequence[Step]],
+        running: RunningJobs,
+        workers: ThreadPoolExecutor,
+        loading: Future[None] | None,
+    ) -> None:
+        """Submit the rest of the shards' jobs, once torch is there."""
+        if loading and waiting:
+            loading.result()
+        for shard in waiting:
+            for step in late[id(shard)]:
+                running.submit(workers, shard, self._tile_jobs(step, shard))
+            running.end(shard)
+        waiting.clear()
 
     def _is_late(self, step: Step) -> bool:
         return not is_copied(step) and self._computers.needs_torch(step)

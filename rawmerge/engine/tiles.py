@@ -35,6 +35,11 @@ def elementwise_shape(shape: Sequence[int]) -> tuple[int, int]:
     return matrix_shape(shape)
 
 
+def block_elements(columns: int) -> int:
+    """Return how many elements of a tile are computed at a time, at most, where no low product is computed whole."""
+    return max(BLOCK_ELEMENTS, ROW_BLOCK * columns)
+
+
 def is_low(rows: int, columns: int) -> bool:
     """Whether the thread count may change bits of a product of this shape, however it is cut."""
     return min(rows, columns) < ROW_BLOCK or rows * columns <= _LOW_ELEMENTS
@@ -97,6 +102,11 @@ class Matrix:
         for stretch in self.stretches:
             for first, count in tile_rows(stretch.row_count, self.columns, tile_elements, stretch.product_columns):
                 yield stretch.first_row + first, count
+
+    @property
+    def has_low(self) -> bool:
+        """Whether a stretch is low."""
+        return any(stretch.is_low for stretch in self.stretches)
 
     def stretch_at(self, row: int) -> Stretch:
         """Return the stretch that a row belongs to."""

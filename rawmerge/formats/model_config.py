@@ -97,6 +97,17 @@ class ModelConfig:
         yield from _text_sides(self.fields, ())
 
     @property
+    def stated_dtype(self) -> str:
+        """The torch name of the dtype that loaders take for `auto`, an empty string where none is stated.
+
+        Some vision-language configs state it in the text config only.
+
+        Source: transformers 5.24 `PreTrainedConfig.__post_init__` (`dtype` wins).
+        """
+        stated = (fields.get(key) for _, fields in self.text_sides() for key in DTYPE_KEYS)
+        return next((value.removeprefix("torch.") for value in stated if isinstance(value, str)), "")
+
+    @property
     def model_types(self) -> frozenset[str]:
         """The `model_type` of this config and of those nested in it, such as an encoder's and a decoder's."""
         return frozenset(_model_types(self.fields))

@@ -17,8 +17,10 @@ from rawmerge.errors import CheckpointError, Problem
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 
 INDEX_NAME: Final = "model.safetensors.index.json"
+PICKLE_INDEX_NAME: Final = "pytorch_model.bin.index.json"
 MAX_INDEX_BYTES: Final = 128 * 2**20
 SHARD_SUFFIX: Final = ".safetensors"
+PICKLE_SUFFIX: Final = ".bin"
 _WINDOWS_DEVICES: Final = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{port}{number}" for port in ("com", "lpt") for number in "123456789¹²³"
 }
@@ -49,8 +51,8 @@ def is_safe_file_name(name: str) -> bool:
     return plain and single and bool(name) and name.split(".")[0].rstrip().casefold() not in _WINDOWS_DEVICES
 
 
-def parse_weight_map(raw: bytes, path: str) -> WeightMap:
-    """Return the checked index.
+def parse_weight_map(raw: bytes, path: str, suffix: str = SHARD_SUFFIX) -> WeightMap:
+    """Return the checked index, of shards whose names end so.
 
     Raises:
         CheckpointError: not strict JSON, no `weight_map`, or a shard name that is no plain file name.
@@ -62,7 +64,7 @@ def parse_weight_map(raw: bytes, path: str) -> WeightMap:
     mapping, metadata = document.get("weight_map"), document.get("metadata") or {}
     if not isinstance(mapping, dict) or not mapping or not isinstance(metadata, dict):
         raise _broken(path, "a table 'weight_map' and a table 'metadata'", str(sorted(document))[:120])
-    _check_shard_names(mapping.values(), path)
+    _check_shard_names(mapping.values(), path, suffix)
     return WeightMap(mapping, metadata)
 
 
@@ -72,12 +74,12 @@ def format_weight_map(weight_map: WeightMap) -> str:
     return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
-def _check_shard_names(names: Collection[object], path: str) -> None:
+def _check_shard_names(names: Collection[object], path: str, suffix: str) -> None:
     unplain = [name for name in names if not isinstance(name, str)]
     texts = sorted({name for name in names if isinstance(name, str)})
-    unplain += [name for name in texts if not is_safe_file_name(name) or not name.endswith(SHARD_SUFFIX)]
+    unplain += [name for name in texts if not is_safe_file_name(name) or not name.endswith(suffix)]
     if unplain:
-        raise _broken(path, "shard names to be plain *.safetensors file names", ascii(unplain[0])[:120])
+        raise _broken(path, f"shard names to be plain *{suffix} file names", ascii(unplain[0])[:120])
     unique: dict[str, str] = {}
     for name in texts:
         twin = unique.setdefault(name.casefold(), name)

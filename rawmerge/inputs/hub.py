@@ -20,7 +20,7 @@ from rawmerge.formats.weight_map import INDEX_NAME, MAX_INDEX_BYTES, SHARD_SUFFI
 from rawmerge.inputs import adapter
 from rawmerge.inputs.base_checkpoint import SINGLE_NAME
 from rawmerge.inputs.tensor_source import read_small_file
-from rawmerge.output.side_files import is_of_tokenizer, left_out_reason
+from rawmerge.output.side_files import is_beside_adapter, left_out_reason
 
 DEFAULT_REVISION: Final = "main"
 SIDE_FILES_AT_ONCE: Final = 8
@@ -178,8 +178,8 @@ def _fetch_adapter(repo: _Repo) -> Path:
     weights = next((name for name in known if name in repo.byte_counts), adapter.WEIGHTS_NAME)
     _require(repo, (adapter_config.CONFIG_NAME, weights), "name the repo of a PEFT adapter")
     root = _record_revision(repo, adapter_config.CONFIG_NAME)
-    # a plan says where the adapter's tokenizer differs from the base's
-    for name in (*filter(is_of_tokenizer, repo.byte_counts), weights):
+    # a plan says where the adapter's tokenizer differs from the base's, and its card what licence the adapter's states
+    for name in (*filter(is_beside_adapter, repo.byte_counts), weights):
         _download(repo, name)
     return root
 

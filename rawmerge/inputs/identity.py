@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -171,6 +171,39 @@ def already_merged(root: Path, weights: TensorFile) -> Problem | None:
     return Problem(str(weights.path), "a base without this adapter", found, hint)
 
 
+def pinned_repo(root: Path, repo: str) -> str:
+    """Return where on the hub files certainly are from, `org/name@commit`; empty where that is not known.
+
+    Args:
+        root: their directory, or a file in it.
+        repo: `org/name@commit` of what was fetched from the hub, else empty.
+    """
+    cached = _CACHE.search(str(root.absolute()))
+    return repo or (f"{cached['id'].replace('--', '/', 1)}@{cached['commit']}" if cached else "")
+
+
+def trained_base(base: BaseCheckpoint, names: Iterable[str]) -> str:
+    """Return the hub id of the base by what adapters say they were trained on; empty where that is not told for sure.
+
+    It is none where they name several, a path, a quantised copy, or another model than the base's own config.
+
+    Args:
+        base: the base, whose own place on the hub is not known.
+        names: `base_model_name_or_path` of each adapter.
+    """
+    name, *others = dict.fromkeys(filter(None, names)) or [""]
+    stated = base.config.fields.get("_name_or_path")
+    known = _last(stated) if isinstance(stated, str) and is_hub_id(stated) else _last(name)
+    is_sure = not others and is_hub_id(name) and not _QUANTISED.search(name) and known == _last(name)
+    return name if is_sure else ""
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a text is a hub id, and not a relative path by its first folder."""
+    is_id = bool(_HUB_ID.fullmatch(name)) and not _FOLDERS.fullmatch(name)
+    return is_id and not re.fullmatch(r"(checkpoint|global_step)-?\d+", _last(name))
+
+
 def _directory(root: Path) -> Path:
     return root if root.is_dir() else root.parent
 
@@ -205,11 +238,6 @@ def _plain(name: str) -> str:
     return _VENDOR.sub("", _QUANTISED.sub("", _last(name)))
 
 
-def _is_hub_id(name: str) -> bool:
-    is_id = bool(_HUB_ID.fullmatch(name)) and not _FOLDERS.fullmatch(name)
-    return is_id and not re.fullmatch(r"(checkpoint|global_step)-?\d+", _last(name))
-
-
 def _other_name(base: BaseCheckpoint, repo: str, name: str) -> IdentityFinding:
     """Return what follows from an adapter that gives none of the base's names."""
     names = base_names(base, repo)
@@ -219,8 +247,8 @@ def _other_name(base: BaseCheckpoint, repo: str, name: str) -> IdentityFinding:
         return IdentityFinding(note=f"{note}, taken for the same model")
     stated = base.config.fields.get("_name_or_path")
     sure = tuple(_hub_ids(base, repo))
-    known = sure or ((stated,) if isinstance(stated, str) and _is_hub_id(stated) else ())
-    if not known or not _is_hub_id(name) or _exists(name):
+    known = sure or ((stated,) if isinstance(stated, str) and is_hub_id(stated) else ())
+    if not known or not is_hub_id(name) or _exists(name):
         return IdentityFinding(note=note)
     where = "" if sure else ", by its config.json"
     hint = f"name the base that it was trained on; {FORCE_HINT}"

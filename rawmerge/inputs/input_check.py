@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rawmerge.errors import InputChangedError, RefusedError, quote
 from rawmerge.inputs.adapter import read_weights
-from rawmerge.inputs.tensor_source import read_shard_file
+from rawmerge.inputs.base_checkpoint import read_base_file
 from rawmerge.merge_plan import InputFile
 
 
@@ -17,7 +17,7 @@ def check_inputs(base_files: Iterable[InputFile], adapter_files: Iterable[InputF
     Raises:
         InputChangedError: one has another size or header, or cannot be read.
     """
-    readers = [*((file, read_shard_file) for file in base_files), *((file, read_weights) for file in adapter_files)]
+    readers = [*((file, read_base_file) for file in base_files), *((file, read_weights) for file in adapter_files)]
     for file, read in readers:
         try:
             found = read(Path(file.path))

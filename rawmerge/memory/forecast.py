@@ -8,11 +8,12 @@ threads work on at a time. A tile whose values overflow is computed by torch eve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
 
+from rawmerge.combination import block_count, parts_of
 from rawmerge.computing.factor_parts import PART_BYTES, right_layout, tile_height
 from rawmerge.computing.large_factors import left_role
 from rawmerge.computing.plain_pairs import PlainPair
@@ -22,10 +23,10 @@ from rawmerge.dtypes import DTYPES
 from rawmerge.engine.anonymous_memory import LARGE_FROM, large_pages, whole_pages
 from rawmerge.engine.kept_ranges import JOB_BYTES, KeptRange, kept_ranges
 from rawmerge.engine.shard_writer import BUFFER_BYTES
-from rawmerge.engine.tiles import BLOCK_ELEMENTS, ROW_BLOCK, TILE_ELEMENTS
+from rawmerge.engine.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS, block_elements
 from rawmerge.inputs.tensor_source import SCAN_BYTES, TensorSource
-from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, Update, UpdateTensor, matrix_of
-from rawmerge.methods.interface import COLUMNS, ROWS, WHOLE
+from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, UpdateTensor, matrix_of
+from rawmerge.methods.interface import ROWS, WHOLE
 from rawmerge.native.pair_kernel import FactorLayout
 
 #: Resident memory of Python 3.11 with all of rawmerge but torch, on Linux.
@@ -55,14 +56,14 @@ class Demand:
         held: its updates' tensors and working memory, while it is in work.
         needs_torch: whether torch is imported for it.
         step: what is done.
-        pair: what the kernel merges, None on the torch path.
+        pairs: what the kernel merges, none on the torch path.
     """
 
     name: str
     held: int
     needs_torch: bool
     step: UpdateTensor | ReplaceTensor
-    pair: PlainPair | None
+    pairs: tuple[PlainPair, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class MemoryForecaster:
         self._largest = sorted(self._demands, key=lambda demand: -demand.held)
         self._tiles: dict[int, tuple[_Buffers, _Buffers]] = {}
         self._shared = _shared_bytes(self._demands, count_uses(plan.shards))
-        trials = (_trial_bytes(at.pair) for at in self._demands if at.pair and at.needs_torch)
+        trials = (_trial_bytes(pair) for at in self._demands if at.needs_torch for pair in at.pairs)
         self._trial = max(trials, default=0)  # they are made one after the other
         self._whole = tuple(sorted(_whole_demands(changed), key=lambda item: -item[2]))
 
@@ -164,7 +165,7 @@ class MemoryForecaster:
             shared=self._shared if shared_bytes is None else min(self._shared, shared_bytes),
             whole=self._whole,
             largest=(held[0].name, held[0].held) if held else ("", 0),
-            is_first=all(demand.pair or not demand.needs_torch for demand in self._demands),
+            is_first=all(demand.pairs or not demand.needs_torch for demand in self._demands),
         )
 
     def with_torch(self) -> int:
@@ -173,20 +174,21 @@ class MemoryForecaster:
         return self.forecast(1, BLOCK_ELEMENTS, 0).peak + (0 if self.needs_torch else TORCH_BYTES) + held
 
     def _demand(self, step: UpdateTensor | ReplaceTensor, paths: StepPaths | None) -> Demand:
-        pair = paths.pair(step) if paths else None
-        block = paths.block(pair) if paths and pair else 0
-        if pair and (block or block is None):
-            return Demand(step.entry.name, right_layout(pair).packed_bytes, not block, step, pair)
-        return Demand(step.entry.name, _update_bytes(step, self._is_double), True, step, None)
+        pairs = paths.pairs(step) if paths else ()
+        blocks = [paths.block(pair) for pair in pairs] if paths else []
+        if pairs and 0 not in blocks:  # None: torch will be asked
+            held = sum(right_layout(pair).packed_bytes for pair in pairs)
+            return Demand(step.entry.name, held, None in blocks, step, pairs)
+        return Demand(step.entry.name, _update_bytes(step, self._is_double), True, step, ())
 
     def _buffers(self, tile_elements: int) -> tuple[_Buffers, _Buffers]:
         """Return what tiles of this size take on the torch path and on the kernel's; of each a thread keeps one."""
         if tile_elements not in self._tiles:
-            pairs = [demand.pair for demand in self._demands if demand.pair]
-            steps = [demand.step for demand in self._demands if not demand.pair]
+            pairs = [demand.pairs for demand in self._demands if demand.pairs]
+            steps = [demand.step for demand in self._demands if not demand.pairs]
             self._tiles[tile_elements] = (
                 _Buffers(_tile_bytes(step, tile_elements, self._is_double) for step in steps),
-                _Buffers(_pair_bytes(pair, tile_elements) for pair in pairs),
+                _Buffers(_pair_bytes(own, tile_elements) for own in pairs),
             )
         return self._tiles[tile_elements]
 
@@ -194,11 +196,6 @@ class MemoryForecaster:
 def forecast_memory(plan: MergePlan, threads: int, paths: StepPaths | None = None) -> MemoryForecast:
     """Return what running a plan on so many threads takes; by torch, unless told what computes its steps."""
     return MemoryForecaster(plan, paths).forecast(threads)
-
-
-def describe_reach(update: Update) -> str:
-    """Return what an update needs beyond its own rows, in words; empty for nothing."""
-    return {COLUMNS: "the base read twice", WHOLE: "the whole tensor in memory"}.get(update.reach, "")
 
 
 def _whole_demands(steps: Iterable[Step]) -> Iterator[tuple[str, str, int]]:
@@ -227,7 +224,7 @@ def _adapter_sources(step: UpdateTensor | ReplaceTensor) -> Iterator[TensorSourc
 
 
 def _shared_bytes(demands: Iterable[Demand], uses: Counter[TensorSource]) -> int:
-    by_torch = (demand.step for demand in demands if demand.pair is None)
+    by_torch = (demand.step for demand in demands if not demand.pairs)
     sources = {source for step in by_torch for source in _adapter_sources(step)}
     return sum(source.byte_count for source in sources if uses[source] > 1)
 
@@ -235,28 +232,32 @@ def _shared_bytes(demands: Iterable[Demand], uses: Counter[TensorSource]) -> int
 def _update_bytes(step: UpdateTensor | ReplaceTensor, is_double: bool) -> int:
     if isinstance(step, ReplaceTensor):
         return 0
-    compute, total = 8 if is_double else 4, 0
-    for update in step.updates:
+    compute, total = 8 if is_double else 4, sum(at.working_bytes for at in step.updates) * (2 if is_double else 1)
+    for update in (part for at in step.updates for part in parts_of(at)):
         held = [source for role, source in update.tensors.items() if role != left_role(update)]
         upcast = sum(prod(source.shape) * compute for source in held if DTYPES[source.dtype].is_mergeable)
         total += sum(source.byte_count for source in held) + upcast
-        total += update.working_bytes * (2 if is_double else 1)
     return total
 
 
-def _pair_bytes(pair: PlainPair, tile_elements: int) -> tuple[int, int]:
+def _pair_bytes(pairs: Sequence[PlainPair], tile_elements: int) -> tuple[int, int]:
     """Return what one thread holds in the kernel's path, and of how many tiles.
 
-    That is a tile as stored and as written, and its left factor.
+    That is a tile as stored and as written, and the largest left factor.
     """
-    recipe = pair.recipe
-    rows = min(recipe.rows, tile_height(recipe, tile_elements))
+    recipe = pairs[0].recipe
+    rows = min(recipe.rows, *(tile_height(pair.recipe, tile_elements) for pair in pairs))
     stored, result = (_buffer_bytes(code, rows * recipe.columns) for code in (recipe.stored, recipe.result))
+    factors = max(_factor_bytes(pair, rows) for pair in pairs)
+    return stored + (result if result != stored else 0) + factors, -(-recipe.rows // max(1, rows))
+
+
+def _factor_bytes(pair: PlainPair, rows: int) -> int:
+    """Return what a tile's part of a left factor takes, and reading it or the right one."""
+    recipe = pair.recipe
     left = FactorLayout(rows, recipe.rank, is_double=recipe.is_double).packed_bytes
     left_part = DTYPES[pair.left.source.dtype].byte_count(rows * recipe.rank)
-    part = max(left_part, min(PART_BYTES, pair.right.source.byte_count))
-    total = stored + (result if result != stored else 0) + left + part
-    return total, -(-recipe.rows // max(1, rows))
+    return left + max(left_part, min(PART_BYTES, pair.right.source.byte_count))
 
 
 def _buffer_bytes(code: str, elements: int) -> int:
@@ -266,7 +267,7 @@ def _buffer_bytes(code: str, elements: int) -> int:
 
 def _trial_bytes(pair: PlainPair) -> int:
     """Return what asking torch for its bits takes: its right factor, and blocks of torch's and of the kernel's."""
-    block = _block_elements(pair.recipe.columns) * (8 if pair.recipe.is_double else 4)
+    block = block_elements(pair.recipe.columns) * (8 if pair.recipe.is_double else 4)
     return 2 * right_layout(pair).packed_bytes + 4 * block
 
 
@@ -279,10 +280,13 @@ def _tile_bytes(step: UpdateTensor | ReplaceTensor, tile_elements: int, is_doubl
     heights = [count for _, count in matrix.tiles(tile_elements)]
     elements = max(heights, default=0) * matrix.columns
     stored = DTYPES[step.source.dtype].byte_count(elements) + DTYPES[step.entry.dtype].byte_count(elements)
-    block = min(elements, _block_elements(matrix.columns))
+    block = min(elements, block_elements(matrix.columns))
     is_double = is_double or "F64" in (step.source.dtype, step.entry.dtype)
+    # a low product is computed whole, however many elements it has
+    deltas = block_count(step) * (8 if is_double else 4) * (elements if matrix.has_low else block)
     # float64 is rounded by way of float32, of which the ties are looked for
-    return stored + (28 if is_double else 8) * block + _other_dtype_bytes(step, elements, is_double), len(heights)
+    blocks = deltas + (28 if is_double else 8) * block
+    return stored + blocks + _other_dtype_bytes(step, elements, is_double), len(heights)
 
 
 def _other_dtype_bytes(step: UpdateTensor | ReplaceTensor, elements: int, is_double: bool) -> int:
@@ -293,7 +297,3 @@ def _other_dtype_bytes(step: UpdateTensor | ReplaceTensor, elements: int, is_dou
     widened = DTYPES[step.entry.dtype].byte_count(elements) - DTYPES[step.source.dtype].byte_count(elements)
     is_other = is_double or step.entry.dtype != step.source.dtype
     return max(0, widened) + (56 if is_double else 16) * _COMPARED_ELEMENTS * is_other
-
-
-def _block_elements(columns: int) -> int:
-    return max(BLOCK_ELEMENTS, ROW_BLOCK * columns)

@@ -13,6 +13,7 @@ from rawmerge.formats.adapter_fields import LORA, LORA_VARIANT_FIELDS, lora_vari
 from rawmerge.formats.kind_fields import KindFields
 from rawmerge.methods import (
     bdlora,
+    combined_lora,
     dora,
     expert_lora,
     kasa,
@@ -113,6 +114,7 @@ class LoraKind(AdapterKind):
         kasa.TRUNCATION: kasa.KasaTruncationMethod(),
         bdlora.KIND: bdlora.BdLoraMethod(),
         multihead.KIND: multihead.TwiceMethod(),
+        combined_lora.KIND: combined_lora.CombinedLoraMethod(),
     }
 
     def delta_shape(self, shapes: Mapping[str, Shape], values: Mapping[str, Any]) -> Shape | None:

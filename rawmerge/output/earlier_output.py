@@ -78,7 +78,7 @@ def read_made_shards(output: Path) -> dict[str, MadeShard]:
         if document.get("format") != FORMAT:
             return {}
         return {name: parse_made(fields) for name, fields in document["shards"].items()}
-    except (RefusedError, StrictJsonError, OSError, LookupError, TypeError, ValueError, AttributeError):
+    except (RefusedError, StrictJsonError, OSError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return {}
 
 

@@ -22,7 +22,7 @@ from rawmerge.inputs.file_status import file_status
 from rawmerge.inputs.tensor_source import read_shard_file
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.output.earlier_output import MadeShard, is_as_made
-from rawmerge.output.outcome import shard_outcome
+from rawmerge.output.outcome import shard_outcome, updated_names
 from rawmerge.output.record import options_record
 from rawmerge.output.same_shard import SameShard
 from rawmerge.output.shard_identity import ShardIdentities
@@ -91,8 +91,11 @@ def finished_lines(request: RunRequest, identities: ShardIdentities, names: Iter
     elif _is_of_this_boot(earlier):
         staged = hidden / STAGED_NAME
         found = _untouched_shards(earlier, staged, identities, _whole_shards(request, staged, names))
-        others = "" if len(found) == len(earlier.shards) else f"; else {_reason(earlier, request)}"
-        yield f"{len(found)} of {len(request.plan.shards)} shards were finished by a merge that was cut off{others}"
+        lost = len(earlier.shards) - len(found)
+        if found:
+            yield f"{len(found)} of {len(request.plan.shards)} shards were finished by a merge that was cut off"
+        if lost or not found:
+            yield f"{lost} shards that a merge that was cut off had finished are made anew: {_reason(earlier, request)}"
     else:
         yield f"shards in {quote(hidden)} are computed again, and taken over where they are the same"
 
@@ -128,6 +131,7 @@ def _untouched_shards(
         shard.name: noted[shard.name]
         for shard in shards
         if shard.name in noted
+        and set(noted[shard.name].survivals) == set(updated_names(shard))
         and noted[shard.name].identity == digests[shard.name]
         and is_as_made(staged / shard.name, noted[shard.name].status)
         and identities.is_sure(shard.name)
@@ -140,7 +144,7 @@ def choices_of(request: RunRequest) -> dict[str, str]:
     chosen = {f"--{name.replace('_', '-')}": str(value) for name, value in options_record(plan.options).items()}
     return {
         "BASE": printable(os.path.realpath(plan.base_root)),
-        "ADAPTER": printable(os.path.realpath(plan.adapter_root)),
+        "ADAPTER": printable(", ".join(os.path.realpath(adapter.root) for adapter in plan.adapters)),
         **chosen,
         "--device": options.device,
         "--without": ", ".join(sorted(options.without)) or "nothing",

@@ -47,8 +47,13 @@ def check_output(output: Path, policy: OutputPolicy) -> None:
         raise OutputError(*problems)
 
 
-def check_space(output: Path, byte_count: int) -> None:
+def check_space(output: Path, byte_count: int, ways: Iterable[str] = ()) -> None:
     """Refuse when the output's file system has too little room.
+
+    Args:
+        output: what is to be made.
+        byte_count: what it takes.
+        ways: to need less, for the hint.
 
     Raises:
         OutputError: fewer free bytes than `byte_count` and a small margin.
@@ -57,7 +62,7 @@ def check_space(output: Path, byte_count: int) -> None:
     needed = byte_count + _MARGIN_BYTES
     if free < needed:
         found = f"{format_bytes(free)} free, {format_bytes(needed - free)} too little"
-        hint = "free some space, or choose an output on another disk"
+        hint = f"free some space, or choose an output on another disk{''.join(f'; {way}' for way in ways)}"
         raise OutputError(Problem(str(output), f"{format_bytes(needed)} free", found, hint))
 
 

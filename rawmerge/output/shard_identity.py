@@ -134,7 +134,7 @@ def _surroundings(plan: MergePlan, options: RunOptions) -> list[Any]:
             platform.python_version(),
             _code_digest(),
         ],
-        dataclasses.asdict(plan.options),
+        dataclasses.asdict(dataclasses.replace(plan.options, card=True)),  # no shard depends on the card
         options.device,
         sorted(options.without),  # who switches a mechanism off does not trust what it made
         [platform.node(), platform.machine(), len(_processors())],

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from rawmerge.errors import AdapterError, MissingFileError, Problem
+from rawmerge.formats.card_metadata import CARD_NAME
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 
 _WEIGHT_SUFFIXES: Final = frozenset(
@@ -212,6 +213,11 @@ def _judge(entry: os.DirEntry[str], name: str) -> SideFile | LeftOut:
 def is_of_tokenizer(name: str) -> bool:
     """Whether a path in a directory, with `/` between folders, is a tokenizer's file or a chat template."""
     return name in _TOKENS or bool(_VOCABULARY.fullmatch(name) or _TEMPLATE.fullmatch(name))
+
+
+def is_beside_adapter(name: str) -> bool:
+    """Whether a path in an adapter's repo is read for a plan beside its config and weights."""
+    return name == CARD_NAME or is_of_tokenizer(name)
 
 
 def _is_same(base: SideFile | None, other: SideFile) -> bool:

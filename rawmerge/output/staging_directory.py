@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Final
 from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import OutputError, Problem, RawmergeError, quote
 from rawmerge.file_errors import named_errors
+from rawmerge.output.exchange import exchange
 from rawmerge.output.folder_lock import locked_folder
 from rawmerge.output.output_directory import OutputPolicy, looks_like_checkpoint
 from rawmerge.signals import HeldSignals
@@ -27,9 +27,6 @@ _NOT_EMPTY: Final = {errno.ENOTEMPTY, errno.EEXIST}
 STAGED_NAME: Final = "output"
 #: So much of an output's name is in that of the directory that it is made in; a name of 255 bytes holds it anyway.
 _SHOWN: Final = 40
-#: Linux, include/uapi/linux/fcntl.h and fs.h.
-_AT_FDCWD: Final = -100
-_RENAME_EXCHANGE: Final = 2
 #: What a merge noted of its shards, in the hidden folder.
 JOURNAL_NAME: Final = "finished.jsonl"
 PUBLISHED_NOTE: Final = "the output was published before"
@@ -88,10 +85,9 @@ class StagingDirectory:
         Raises:
             OSError: something cannot be removed.
         """
+        own = {self.path, self._replaced, self.folder / JOURNAL_NAME}  # what is replaced may be the only copy of it
         for entry in (*self.folder.iterdir(), *self.path.iterdir()):
-            if entry.parent == self.path and entry.name in kept:
-                continue
-            if entry != self.path and entry != self.folder / JOURNAL_NAME:
+            if entry not in own and not (entry.parent == self.path and entry.name in kept):
                 remove_entry(entry)
 
     def adopt_mode(self, names: Collection[str]) -> None:
@@ -191,7 +187,8 @@ class StagingDirectory:
             return
         self._replaced.rename(self.output)
         found = "the one of before, which a merge that was killed was replacing; it has its name again"
-        raise OutputError(Problem(str(self.output), "nothing there yet", found, "run the command again"))
+        hint = "it is whole again; a merge that is to replace it asks for --overwrite"
+        raise OutputError(Problem(str(self.output), "nothing there yet", found, hint))
 
     def _keep(self, error: BaseException) -> None:
         """Keep what is finished for the next merge, and say so."""
@@ -254,21 +251,13 @@ def hidden_beside(output: Path) -> Path:
 
 def reclaimed_bytes(output: Path) -> int:
     """Return how many bytes on the disk a merge to `output` that was cut off takes, which the next one has."""
-    found = (path.stat() for path in hidden_beside(output).rglob("*") if path.is_file() and not path.is_symlink())
-    return sum(getattr(status, "st_blocks", 0) * 512 for status in found if status.st_nlink == 1)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Let two directories take each other's name at once, where the system can; return whether it did.
-
-    Source: renameat2(2), RENAME_EXCHANGE; Linux 3.15, glibc 2.28.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    import ctypes
-
-    call = getattr(ctypes.CDLL(None), "renameat2", None)
-    return call is not None and call(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0
+    total = 0
+    for parent, _, names in os.walk(hidden_beside(output)):  # which passes over what another process removes meanwhile
+        for name in names:
+            with suppress(OSError):
+                status = Path(parent, name).lstat()
+                total += getattr(status, "st_blocks", 0) * 512 * (status.st_nlink == 1)
+    return total
 
 
 def make_folders(folder: Path, created: list[Path]) -> None:

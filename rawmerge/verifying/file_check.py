@@ -6,18 +6,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from rawmerge.errors import MissingFileError, Problem, quote
-from rawmerge.formats.strict_json import parse_json_object
+from rawmerge.errors import MissingFileError, Problem, RefusedError, quote
+from rawmerge.formats.card_metadata import CARD_NAME
+from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
+from rawmerge.formats.tokenizer_text import with_left_padding
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.inputs.comparison import same_bytes
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inputs.tensor_source import TensorSource, read_small_file
+from rawmerge.merge_options import ONCE
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.outcome import count_steps
 from rawmerge.output.record import record_text
+from rawmerge.output.side_files import MAX_TOKENIZER_CONFIG_BYTES, TOKENIZER_CONFIG, SideFile
 
 _MAX_TEXT_BYTES: Final = 128 * 2**20
-_FREE: Final = {"repo", "force", "device"}
+_FREE: Final = {"repo", "force", "device", "card"}
 
 
 def file_problems(plan: MergePlan, found: BaseCheckpoint, record: Mapping[str, Any]) -> Iterator[Problem]:
@@ -32,15 +36,37 @@ def file_problems(plan: MergePlan, found: BaseCheckpoint, record: Mapping[str, A
         return
     yield from _header_problems(plan, found)
     for file in plan.written_files:
-        yield from _text_problems(found.root / file.name, file.name, file.text.encode())
+        if file.name != CARD_NAME:
+            yield from _text_problems(found.root / file.name, file.name, file.text.encode())
     for side in plan.side_files:
-        path = found.root / side.name
-        if not path.is_file():
-            yield Problem(side.name, "the file of base or adapter", "no such file")
-        elif path.stat().st_size != side.byte_count or not same_bytes(_whole(Path(side.path)), _whole(path)):
-            yield Problem(side.name, "the bytes of base or adapter", "other bytes")
+        if side.name != CARD_NAME:
+            yield from _side_problems(found.root / side.name, side)
     if record:
         yield from record_problems(plan, record)
+
+
+def card_problems(plan: MergePlan, root: Path) -> Iterator[Problem]:
+    """Yield whether the model card is another than the merge wrote: to edit it is a user's right, and no finding."""
+    for file in plan.written_files:
+        if file.name == CARD_NAME:
+            yield from _text_problems(root / file.name, file.name, file.text.encode())
+    for side in plan.side_files:
+        if side.name == CARD_NAME:
+            yield from _side_problems(root / side.name, side)
+
+
+def _has_bytes(path: Path, side: SideFile) -> bool:
+    return path.stat().st_size == side.byte_count and same_bytes(_whole(Path(side.path)), _whole(path))
+
+
+def _is_padded(path: Path, side: SideFile) -> bool:
+    """Whether a tokenizer config pads on the left, as `rawmerge export` leaves it, and is else the same."""
+    if side.name != TOKENIZER_CONFIG or side.byte_count > MAX_TOKENIZER_CONFIG_BYTES:
+        return False
+    try:
+        return with_left_padding(Path(side.path).read_bytes()) == read_small_file(path, MAX_TOKENIZER_CONFIG_BYTES)
+    except (StrictJsonError, RefusedError):
+        return False
 
 
 def file_notes(plan: MergePlan, found: BaseCheckpoint) -> Iterator[str]:
@@ -61,10 +87,30 @@ def record_problems(plan: MergePlan, record: Mapping[str, Any]) -> Iterator[Prob
         "history": "the adapters that the base held before",
         "options": "the options of this verification",
     }
+    hint = ""
+    if _are_in_another_order(expected, record):
+        if record_options(record).get("order") == ONCE:  # their sum has none
+            parts = {part: meaning for part, meaning in parts.items() if part not in {"adapters", "adapter_tensors"}}
+        hint = "the same adapters in another order: name them as they were merged"
     for part, meaning in parts.items():
         wanted, found = (_without_repo(document.get(part)) for document in (expected, record))
         if wanted != found:
-            yield Problem(f"{RECORD_NAME}: {part}", meaning, _other(wanted, found))
+            yield Problem(f"{RECORD_NAME}: {part}", meaning, _other(wanted, found), hint if part == "adapters" else "")
+
+
+def _are_in_another_order(expected: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    sides = [[_without_repo(item) for item in _listed(at.get("adapters"))] for at in (expected, record)]
+    return sides[0] != sides[1] and all(sides[0].count(item) == sides[1].count(item) for item in (*sides[0], *sides[1]))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def record_options(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options of a record, which may be anyone's; nothing where it has none."""
+    options = record.get("options")
+    return options if isinstance(options, dict) else {}
 
 
 def _other(wanted: Any, found: Any) -> str:
@@ -97,6 +143,13 @@ def _text_problems(path: Path, name: str, expected: bytes) -> Iterator[Problem]:
             yield Problem(name, "the text that follows from base and adapter", "another")
     except MissingFileError:
         yield Problem(name, "the text that follows from base and adapter", "no such file")
+
+
+def _side_problems(path: Path, side: SideFile) -> Iterator[Problem]:
+    if not path.is_file():
+        yield Problem(side.name, "the file of base or adapter", "no such file")
+    elif not _has_bytes(path, side) and not _is_padded(path, side):
+        yield Problem(side.name, "the bytes of base or adapter", "other bytes")
 
 
 def _whole(path: Path) -> TensorSource:

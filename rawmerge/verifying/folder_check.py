@@ -15,7 +15,9 @@ from rawmerge.output.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_TOLD
 from rawmerge.output.side_files import CHECKSUM_FILES, left_out_reason
 
 #: What trainers leave beside weights, and no loader takes for them.
-_OF_TRAINING: Final = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state|random_states).*")
+_OF_TRAINING: Final = re.compile(
+    r"(optimizer|scheduler|scaler|training_args|rng_state|random_states).*|value_head\.(safetensors|bin)"
+)
 _MAX_NAMES: Final = 8
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rawmerge.errors import Problem
 from rawmerge.inputs.identity import RECORD_NAME, read_record
-from rawmerge.merge_options import CHOICES, MergeOptions
+from rawmerge.merge_options import CHOICES, COMBINING, MergeOptions
 
 #: Fields of `MergeOptions` by the record's names for them, and what the record calls an empty one.
 _RECORDED: Final = {
@@ -18,6 +18,13 @@ _RECORDED: Final = {
     "vocab": ("vocab", "as stored"),
     "tokenizer": ("tokenizer", "base"),
     "moe_lora_b_layout": ("moe_lora_b_layout", "as marked"),
+    "max_shard_size": ("max_shard_size", "as stored"),
+    "order": ("order", "serial"),
+    "replaced_by": ("replaced_by", 0),
+    "combine": ("combine", ""),
+    "density": ("density", 0),
+    "majority_sign": ("majority_sign", "total"),
+    "seed": ("seed", 0),
 }
 
 
@@ -37,7 +44,7 @@ class MergeRecord:
         self.exists = os.path.lexists(folder / RECORD_NAME)
         self.fields: Mapping[str, Any] = found.fields
         self.problems: list[Problem] = []
-        self._options: dict[str, str] = {}
+        self._options: dict[str, Any] = {}
         if self.exists and not found.fields:
             self.problems.append(Problem(RECORD_NAME, "a merge record", found.note or "one that says nothing"))
         stated = found.fields.get("options")
@@ -50,7 +57,7 @@ class MergeRecord:
         A wrong base must not keep the replay from being made: it is what a verification is to find.
         """
         stated = {name: value for name, value in given.items() if value is not None}
-        return MergeOptions(**{**self._options, **stated}, force=True)
+        return MergeOptions(**{**self._options, **stated}, force=True, card=self._has_card())
 
     def notes(self) -> Iterator[str]:
         """Yield why a replay may differ from an output that is right."""
@@ -59,10 +66,23 @@ class MergeRecord:
         if isinstance(device, str) and device != "cpu":
             yield f"by its {RECORD_NAME} it was computed on {ascii(device)[:40]}, where last bits may be others"
 
-    def _take(self, field: str, name: str, value: object, empty: str) -> None:
+    def _has_card(self) -> bool:
+        options = self.fields.get("options")
+        return isinstance(options, dict) and options.get("card") is True
+
+    def _take(self, field: str, name: str, value: object, empty: object) -> None:
         if value == empty:
             return
-        if isinstance(value, str) and value in CHOICES[field]:
+        choices = CHOICES.get(field)
+        if isinstance(value, str) and value in choices if choices else _is_positive(value, field):
             self._options[field] = value
         else:
-            self.problems.append(Problem(f"{RECORD_NAME}: {name}", f"one of {CHOICES[field]}", ascii(value)[:80]))
+            unit = "" if field in COMBINING else " of bytes"
+            expected = f"one of {choices}" if choices else f"a positive number{unit}"
+            self.problems.append(Problem(f"{RECORD_NAME}: {name}", expected, ascii(value)[:80]))
+
+
+def _is_positive(value: object, field: str) -> bool:
+    """Whether a recorded number may be the field's; JSON's true, an int in Python, is none."""
+    is_number = type(value) is int or (type(value) is float and field == "density")
+    return is_number and value > 0  # type: ignore[operator]  # mypy does not follow type()

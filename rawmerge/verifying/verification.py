@@ -9,17 +9,19 @@ from typing import Final
 
 from rawmerge.engine.jobs import ProgressCallback
 from rawmerge.errors import MissingFileError, Problem, RefusedError, VerificationError, quote
+from rawmerge.formats.card_metadata import CARD_NAME
 from rawmerge.formats.model_config import ModelConfig
 from rawmerge.inputs.adapter import is_adapter
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint, read_base
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.manifest import MANIFEST_NAME
+from rawmerge.output.staging_directory import hidden_beside
 from rawmerge.run_options import RunOptions
 from rawmerge.verifying.checkpoint_check import checkpoint_problems
 from rawmerge.verifying.config_check import config_notes, config_problems
 from rawmerge.verifying.diagnosis import diagnose
-from rawmerge.verifying.file_check import file_notes, file_problems
+from rawmerge.verifying.file_check import card_problems, file_notes, file_problems
 from rawmerge.verifying.findings import TensorDifference, Verification
 from rawmerge.verifying.folder_check import FolderCheck
 from rawmerge.verifying.merge_record import MergeRecord
@@ -95,8 +97,20 @@ class OutputVerifier:
             *(file_problems(plan, found, record.fields) if record.exists else ()),
         )
         folder = FolderCheck(found, is_ours=record.exists)
-        notes = (*_config_notes(found), *(() if record.exists else file_notes(plan, found)), *record.notes())
+        of_files = self._card_notes(plan) if record.exists else file_notes(plan, found)
+        notes = (*_config_notes(found), *of_files, *record.notes())
         return self._verification(found, folder, problems, notes, differences)
+
+    def card_problems(self, plan: MergePlan) -> tuple[Problem, ...]:
+        """Return what is wrong with a model card that nobody can have edited yet."""
+        return tuple(card_problems(plan, self._output)) if self._output.is_dir() else ()
+
+    def _card_notes(self, plan: MergePlan) -> Iterator[str]:
+        if self.card_problems(plan):
+            yield (
+                f"{CARD_NAME} is not what a merge would write now: it was edited, or base or adapter had another name "
+                "or another card"
+            )
 
     def _halted(self, *, replayed: bool) -> Verification:
         return Verification(str(self._output), replayed, 0, 0, self._unreadable, notes=(_HALTED,))
@@ -139,15 +153,19 @@ def verify_staged(folder: Path, plan: MergePlan, options: RunOptions, report: Pr
     Raises:
         VerificationError: with all findings. MergeError: an input changed; OSError: a file cannot be read.
     """
-    made = OutputVerifier(folder).against(plan, options, report=report)
-    if made.findings:
-        raise VerificationError("what was written is not what was computed; nothing was published", made.findings)
+    verifier = OutputVerifier(folder)
+    findings = (*verifier.against(plan, options, report=report).findings, *verifier.card_problems(plan))
+    if findings:
+        raise VerificationError("what was written is not what was computed; nothing was published", findings)
 
 
 def _check_is_checkpoint(output: Path) -> None:
     found = "nothing there" if not output.exists() else "an adapter" if is_adapter(output) else ""
     if found:
-        raise MissingFileError(Problem(str(output), "a merged checkpoint", found))
+        was_cut_off = not output.exists() and hidden_beside(output).exists()
+        left = f"a merge to it was cut off ({quote(hidden_beside(output))}): run its command again"
+        hint = left if was_cut_off else ""
+        raise MissingFileError(Problem(str(output), "a merged checkpoint", found, hint))
 
 
 def _read(root: Path) -> tuple[BaseCheckpoint | None, tuple[Problem, ...]]:

@@ -1,0 +1,176 @@
+"""From what a caller names, paths and hub ids and choices, to the plan of a merge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypedDict, Unpack
+
+from rawmerge.adapter_source import AdapterSource, split_weight
+from rawmerge.byte_sizes import byte_limit
+from rawmerge.consuming.finished_merge import finished_merge
+from rawmerge.consuming.plan_difference import difference
+from rawmerge.consuming.unfinished import unfinished_plan
+from rawmerge.errors import MissingFileError, OutputError, PlanError, Problem, RawmergeError, quote
+from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
+from rawmerge.formats.config_text import CONFIG_NAME
+from rawmerge.formats.weight_map import INDEX_NAME
+from rawmerge.inputs.hub import resolve_adapter, resolve_base
+from rawmerge.merge_options import ONCE, SERIAL, SUM, MergeOptions, order_problem
+from rawmerge.merge_plan import AdapterInput, MergePlan
+from rawmerge.plan import make_plan
+
+#: A path or hub id.
+Place: TypeAlias = str | os.PathLike[str]
+#: One adapter or several, each with a weight behind a colon if it is a text.
+Adapters: TypeAlias = Place | Sequence[Place]
+#: What callers call a field of `MergeOptions` that has another name there.
+_FIELDS: Final = {"dtype": "output_dtype"}
+
+
+class PlanChoices(TypedDict, total=False):
+    """The choices that decide an output's bytes, as `plan_merge` takes them."""
+
+    compute_dtype: str
+    dtype: str | None
+    vocab: str | None
+    tokenizer: str
+    moe_lora_b_layout: str | None
+    max_shard_size: int | str | None
+    order: str | None
+    replaced_by: int | None
+    combine: str | None
+    density: float | None
+    majority_sign: str
+    seed: int
+    force: bool
+    card: bool
+
+
+def adapter_sources(adapters: Adapters) -> list[AdapterSource]:
+    """Return the adapters that are named, those from the hub fetched.
+
+    Raises:
+        RefusedError: one cannot be found. ValueError: a weight is not finite.
+    """
+    named = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    return [_source(place) for place in named]
+
+
+def _source(place: Place) -> AdapterSource:
+    path, weight = split_weight(place) if isinstance(place, str) else (place, 1.0)
+    found = resolve_adapter(path)
+    return AdapterSource(found.path, found.pinned, weight)
+
+
+def plan_inputs(base: Place, adapters: Adapters, options: MergeOptions) -> MergePlan:
+    """Return the plan of merging adapters into a base.
+
+    Raises:
+        RefusedError: with every reason against the merge. ValueError: an option is none of its choices.
+    """
+    with read_errors_refused(base):
+        base_source, sources = resolve_base(base), adapter_sources(adapters)
+        return make_plan(base_source.path, sources, for_adapters(options, adapters), base_repo=base_source.pinned)
+
+
+def for_adapters(options: MergeOptions, adapters: Adapters) -> MergeOptions:
+    """Return the options without those that have no meaning for one adapter."""
+    is_one = isinstance(adapters, str | os.PathLike) or len(adapters) == 1
+    # one adapter cannot be combined, which is refused
+    return replace(options, order=SERIAL, replaced_by=0) if is_one and not options.combine else options
+
+
+@contextmanager
+def read_errors_refused(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a refusal of what the system says against reading, where nothing is written yet."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RawmergeError):
+            raise
+        found = error.strerror or str(error)
+        raise MissingFileError(Problem(str(error.filename or path), "to be readable", found)) from error
+
+
+def plan_for_output(
+    base: Place,
+    adapters: Adapters,
+    output: Place,
+    options: MergeOptions,
+    *,
+    consumes: bool,
+) -> MergePlan:
+    """Return `plan_merge`'s plan, or that of the same merge to `output` where `consume_base` was cut off.
+
+    The base of such a merge is gone in part, so it cannot be planned again.
+
+    Args:
+        base: see `plan_merge`.
+        adapters: see `plan_merge`.
+        output: directory to make.
+        options: what decides the output's bytes; see `merge_options`.
+        consumes: whether the merge is to consume its base, so that a finished one may have.
+
+    Raises:
+        RefusedError: with every reason against the merge in `.problems`; an OutputError where another merge to
+            `output` is unfinished, or this one has consumed its base and is finished. ValueError: an option is none
+            of its choices.
+    """
+    options = for_adapters(options, adapters)
+    with read_errors_refused(output):
+        plan = unfinished_plan(Path(output), options, lambda plan: _other_inputs(plan, base, adapters))
+    if plan:
+        return plan
+    try:
+        return plan_inputs(base, adapters, options)
+    except MissingFileError as error:
+        root = Path(base).expanduser()
+        if consumes and (problem := finished_merge(Path(output), root, adapter_sources(adapters), options)):
+            raise OutputError(problem) from error
+        raise
+
+
+def merge_options(**choices: Unpack[PlanChoices]) -> MergeOptions:
+    """Return the choices of `plan_merge` as a value, in which what is left out is empty.
+
+    Raises:
+        PlanError: `sum` in another order than `once`. ValueError: a size is none.
+    """
+    given: dict[str, Any] = {_FIELDS.get(name, name): value for name, value in choices.items() if value is not None}
+    if "max_shard_size" in given:
+        given["max_shard_size"] = byte_limit("max_shard_size", given["max_shard_size"])
+    if "density" in given:
+        given["density"] = float(given["density"])  # a plan's JSON tells 1 from 1.0
+    if given.get("combine"):
+        given.setdefault("order", ONCE)
+    if given.get("combine") == SUM:
+        if given["order"] != ONCE:
+            raise PlanError(order_problem(SUM, given["order"]))
+        del given["combine"]  # another name for this order
+    return MergeOptions(**given)
+
+
+def _other_inputs(plan: MergePlan, base: Place, adapters: Adapters) -> Iterator[Problem]:
+    """Yield what is named as base and adapters and is not the plan's; of the base, less than that may be left."""
+    given = os.path.realpath(Path(base).expanduser())
+    roots = {plan.base_root, *(str(Path(plan.base_root) / name) for name in (INDEX_NAME, CONFIG_NAME))}
+    if given not in map(os.path.realpath, roots):
+        yield difference("BASE", quote(plan.base_root), quote(given))
+    sources = adapter_sources(adapters)
+    if len(sources) != len(plan.adapters):
+        yield difference("ADAPTER", f"{len(plan.adapters)} of them", f"{len(sources)}")
+        return
+    for adapter, source in zip(plan.adapters, sources, strict=True):
+        if os.path.realpath(source.path) not in map(os.path.realpath, _names(adapter)):
+            yield difference("ADAPTER", quote(adapter.root), quote(os.path.realpath(source.path)))
+        if source.weight != adapter.weight:
+            yield difference(f"the weight of {quote(adapter.root)}", f"{adapter.weight:g}", f"{source.weight:g}")
+
+
+def _names(adapter: AdapterInput) -> set[str]:
+    """Return the paths by which an adapter may be named."""
+    return {adapter.root, str(Path(adapter.root) / ADAPTER_CONFIG), *(file.path for file in adapter.files)}

@@ -1,0 +1,294 @@
+"""Bases that `torch.save` wrote: read as torch reads them, never run, and written out as safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import rawmerge
+from rawmerge.errors import CheckpointError, InputChangedError, MissingFileError
+from tests.builders import (
+    folder_bytes,
+    layered_merge,
+    lora_pair,
+    random_tensor,
+    raw,
+    read_all,
+    shard_name,
+    write_adapter,
+)
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+Paths = tuple[Path, Path]
+
+
+def bin_name(number: int, count: int) -> str:
+    return f"pytorch_model-{number:05d}-of-{count:05d}.bin"
+
+
+def write_bins(folder: Path, shards: Sequence[Mapping[str, Any]], **options: Any) -> Path:
+    """Write a base of pickles, with an index where there are several."""
+    folder.mkdir(parents=True)
+    names = [BIN] if len(shards) == 1 else [bin_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    for name, tensors in zip(names, shards, strict=True):
+        torch.save(OrderedDict(tensors), folder / name, **options)
+    if len(shards) > 1:
+        places = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        index = {"metadata": {"total_size": 1, "made_by": "others"}, "weight_map": places}
+        (folder / BIN_INDEX).write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Return a base of three shards, its pickled twin, and an adapter for both."""
+    base, adapter = layered_merge(tmp_path)
+    shards = [load_file(path) for path in sorted(base.glob("*.safetensors"))]
+    pickled = write_bins(tmp_path / "pickled", shards)
+    shutil.copy(base / "config.json", pickled)
+    return base, pickled, adapter
+
+
+def loaded(base: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a pickled base, as torch reads them."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(base.glob("*.bin")):
+        found |= torch.load(path, weights_only=True)
+    return found
+
+
+def small(folder: Path, tensors: Mapping[str, Any], **options: Any) -> Paths:
+    """Write a pickled base with `q.weight` and other tensors, and an adapter."""
+    base = write_bins(folder / "base", [{"q.weight": random_tensor((12, 8)), **tensors}], **options)
+    return base, write_adapter(folder / "adapter", lora_pair("q", 12, 8))
+
+
+def test_the_merge_has_the_tensors_of_the_safetensors_twin_under_its_names(
+    twins: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, pickled, adapter = twins
+    rawmerge.merge_adapter(base, adapter, tmp_path / "one")
+    summary = rawmerge.merge_adapter(pickled, adapter, tmp_path / "other", verify=True)
+    one, other = folder_bytes(tmp_path / "one"), folder_bytes(tmp_path / "other")
+    names = [shard_name(number, 3) for number in (1, 2, 3)]
+    assert sorted(name for name in other if "model" in name) == sorted([INDEX, *names])
+    assert {name: raw(value) for name, value in read_all(tmp_path / "other").items()} == {
+        name: raw(value) for name, value in read_all(tmp_path / "one").items()
+    }
+    with safe_open(tmp_path / "other" / names[0], "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    before, after = (json.loads(files[INDEX]) for files in (one, other))
+    assert after["weight_map"] == before["weight_map"]
+    assert after["metadata"] == {"total_size": before["metadata"]["total_size"], "made_by": "others"}
+    assert "the base is pickles: their tables of tensors were read, and nothing in them was run" in summary.notes
+    assert rawmerge.verify_merge(tmp_path / "other", pickled, adapter).findings == ()
+
+
+def test_every_other_tensor_is_what_torch_loads(tmp_path: Path) -> None:
+    tensors = {
+        "half.weight": random_tensor((3, 5), torch.float16),
+        "single.weight": random_tensor((7,), torch.float32),
+        "double.weight": random_tensor((2, 3), torch.float64),
+        "steps": torch.tensor(3),
+        "flags": torch.tensor([True, False, True]),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "none": torch.empty(0, 4),
+        "parameter": nn.Parameter(random_tensor((3, 3), torch.float32)),
+    }
+    base, adapter = small(tmp_path, tensors)
+    rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+    before, after = loaded(base), read_all(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name in tensors:
+        assert (after[name].dtype, after[name].shape) == (before[name].dtype, before[name].shape)
+        assert raw(after[name]) == raw(before[name].detach())
+    with safe_open(tmp_path / "out" / SINGLE, "pt") as file:
+        sizes = [file.get_tensor(name).element_size() for name in file.offset_keys()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_parts_of_one_storage_are_tensors_of_their_own(tmp_path: Path) -> None:
+    whole = random_tensor((6, 4), torch.float32)
+    base, adapter = small(tmp_path, {"upper.weight": whole[:2], "lower.weight": whole[2:]})
+    rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+    after = read_all(tmp_path / "out")
+    assert torch.equal(after["upper.weight"], whole[:2])
+    assert torch.equal(after["lower.weight"], whole[2:])
+
+
+def test_names_of_one_tensor_are_both_written(tmp_path: Path) -> None:
+    shared = random_tensor((20, 8), torch.float32)
+    tensors = {
+        "model.embed_tokens.weight": shared,
+        "model.layers.0.q_proj.weight": random_tensor((12, 8), torch.float32),
+        "lm_head.weight": shared,
+    }
+    base = write_bins(tmp_path / "base", [tensors])
+    (base / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    adapter = write_adapter(tmp_path / "adapter", lora_pair("model.layers.0.q_proj", 12, 8))
+    rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+    after = read_all(tmp_path / "out")
+    assert raw(after["lm_head.weight"]) == raw(after["model.embed_tokens.weight"]) == raw(shared)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "name"),
+    [
+        ({"turned.weight": random_tensor((3, 5)).T}, "turned.weight"),
+        ({"wide.weight": torch.ones(1).expand(4)}, "wide.weight"),
+        ({"parameter": nn.Parameter(random_tensor((3, 5)).T)}, "parameter"),
+    ],
+)
+def test_tensors_that_are_not_stored_one_element_after_another_are_refused_by_name(
+    tmp_path: Path, tensors: dict[str, Any], name: str
+) -> None:
+    base, adapter = small(tmp_path, tensors)
+    with pytest.raises(CheckpointError) as caught:
+        rawmerge.plan_merge(base, adapter)
+    (problem,) = caught.value.problems
+    assert problem.subject == f"{base / BIN}: {name}"
+    assert problem.expected == "tensors whose elements lie one after another"
+    assert problem.hint == "load it with transformers where you trust it, and save it with safe_serialization=True"
+
+
+def test_tensors_that_overlap_in_part_are_refused_by_name(tmp_path: Path) -> None:
+    whole = random_tensor((6, 4))
+    with pytest.raises(CheckpointError, match=r"lower\.weight.*expected bytes of its own, or all of another's"):
+        rawmerge.plan_merge(*small(tmp_path, {"upper.weight": whole[:3], "lower.weight": whole[2:]}))
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path, {"bomb": Bomb(tmp_path / "crater")})
+    with pytest.raises(CheckpointError, match="a pickle of tensors alone"):
+        rawmerge.plan_merge(base, adapter)
+    assert not (tmp_path / "crater").exists()
+    torch.load(base / BIN, weights_only=False)  # which runs it
+    assert (tmp_path / "crater").exists()
+
+
+def test_files_of_old_torch_and_other_pickles_are_refused(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path, {}, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"torch before 1.6 wrote other files: load it with transformers"):
+        rawmerge.plan_merge(base, adapter)
+    (base / BIN).write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(CheckpointError, match=r"expected a zip archive, as torch\.save writes"):
+        rawmerge.plan_merge(base, adapter)
+
+
+# --- which files count ---
+
+
+def test_safetensors_win_and_pickles_beside_them_are_left_out(twins: tuple[Path, Path, Path]) -> None:
+    base, pickled, adapter = twins
+    for path in pickled.glob("pytorch_model*"):
+        shutil.copy(path, base)
+    plan = rawmerge.plan_merge(base, adapter)
+    assert {Path(file.path).suffix for file in plan.base_files} == {".safetensors"}
+    assert {bin_name(1, 3), bin_name(2, 3)} <= {item.name for item in plan.left_out}
+
+
+def test_nothing_is_said_of_the_pickles_that_are_read(twins: tuple[Path, Path, Path]) -> None:
+    _, pickled, adapter = twins
+    (pickled / "training_args.bin").write_bytes(b"not looked at")
+    plan = rawmerge.plan_merge(pickled, adapter)
+    assert [item.name for item in plan.left_out] == ["training_args.bin"]
+    assert [Path(file.path).name for file in plan.base_files] == [bin_name(number, 3) for number in (1, 2, 3)]
+
+
+def test_an_index_can_be_named_or_missing_and_a_file_named(twins: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, pickled, adapter = twins
+    plan = rawmerge.plan_merge(pickled, adapter)
+    assert rawmerge.plan_merge(pickled / BIN_INDEX, adapter) == plan
+    (pickled / BIN_INDEX).unlink()
+    assert rawmerge.plan_merge(pickled, adapter).shards == plan.shards
+    with pytest.raises(CheckpointError, match="one of 3 shards"):
+        rawmerge.plan_merge(pickled / bin_name(1, 3), adapter)
+    (pickled / bin_name(2, 3)).unlink()
+    with pytest.raises(MissingFileError, match="3 numbered shards"):
+        rawmerge.plan_merge(pickled, adapter)
+    base, adapter = small(tmp_path / "single", {})
+    (base / BIN).rename(base / "mine.bin")
+    rawmerge.merge_adapter(base / "mine.bin", adapter, tmp_path / "out")
+    assert sorted(folder_bytes(tmp_path / "out")) == ["mine.safetensors", "rawmerge.json"]
+
+
+@pytest.mark.parametrize("name", ["../x.bin", "/etc/x.bin", "model.safetensors", "con.bin"])
+def test_an_index_names_plain_pickles_only(twins: tuple[Path, Path, Path], name: str) -> None:
+    _, pickled, adapter = twins
+    (pickled / BIN_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=r"plain \*\.bin file names"):
+        rawmerge.plan_merge(pickled, adapter)
+
+
+def test_an_index_that_lists_what_is_not_there_is_refused(twins: tuple[Path, Path, Path]) -> None:
+    _, pickled, adapter = twins
+    index = json.loads((pickled / BIN_INDEX).read_text())
+    index["weight_map"]["other.weight"] = bin_name(1, 3)
+    (pickled / BIN_INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"other\.weight"):
+        rawmerge.plan_merge(pickled, adapter)
+
+
+def test_a_folder_of_pickles_that_are_no_model_s_is_no_base(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path, {})
+    (base / BIN).rename(base / "optimizer.bin")
+    with pytest.raises(MissingFileError, match=r"no \*\.safetensors file but optimizer\.bin"):
+        rawmerge.plan_merge(base, adapter)
+
+
+# --- what goes on from the plan ---
+
+
+def test_a_file_that_is_another_than_planned_is_noticed(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path, {"a.weight": torch.zeros(4), "b.weight": torch.zeros(4)})
+    plan = rawmerge.plan_merge(base, adapter)
+    assert rawmerge.parse_plan(rawmerge.format_plan(plan)) == plan
+    tensors = loaded(base)
+    torch.save({name.replace("b.weight", "c.weight"): tensor for name, tensor in tensors.items()}, base / BIN)
+    with pytest.raises(InputChangedError, match="expected the file that the plan was made from"):
+        rawmerge.run_plan(plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "250B"}, {"max_shard_size": "1GB", "dtype": "float32"}])
+def test_it_is_consumed_as_any_base(twins: tuple[Path, Path, Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    base, pickled, adapter = twins
+    rawmerge.merge_adapter(pickled, adapter, tmp_path / "plain", **options)
+    rawmerge.merge_adapter(base, adapter, tmp_path / "twin", **options)
+    golden = folder_bytes(tmp_path / "plain")
+    summary = rawmerge.merge_adapter(pickled, adapter, tmp_path / "out", consume_base=True, **options)
+    assert folder_bytes(tmp_path / "out") == golden
+    assert (summary.consumed, list(pickled.glob("*.bin"))) == (3, [])
+    assert {name: raw(value) for name, value in read_all(tmp_path / "out").items()} == {
+        name: raw(value) for name, value in read_all(tmp_path / "twin").items()
+    }
+
+
+def test_no_shard_of_it_can_be_a_link(twins: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    assert rawmerge.merge_adapter(*twins[1:], tmp_path / "out", link=True).linked == 0
+
+
+def test_it_is_inspected(twins: tuple[Path, Path, Path]) -> None:
+    found = rawmerge.inspect_path(twins[1])
+    assert (found.kind, found.facts["shards"], found.facts["index"]) == ("base", 3, "yes")
