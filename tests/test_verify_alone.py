@@ -252,3 +252,19 @@ def test_a_strangers_record_breaks_no_inspection(tiny: tuple[Path, Path], record
     assert told.exit_code == 0
     assert "\x1b" not in told.stdout
     assert json.loads(invoke("inspect", tiny[0], "--json").stdout)["kind"] == "base"
+
+
+def test_shards_without_their_index_are_a_finding(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    assert rawmerge.verify_merge(tmp_path / "out").findings == ()
+    (tmp_path / "out/model.safetensors.index.json").unlink()
+    (finding,) = rawmerge.verify_merge(tmp_path / "out").findings
+    assert (finding.subject, finding.expected) == ("model.safetensors.index.json", "an index of 2 shards")
+
+
+def test_what_is_wrong_with_a_record_is_not_said_of_a_base(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    rawmerge.merge_adapter(*tiny, tmp_path / "out")
+    (tmp_path / "out/rawmerge.json").write_text("{")
+    findings = rawmerge.verify_merge(tmp_path / "out").findings
+    assert any(finding.subject == "rawmerge.json" for finding in findings)
+    assert not any("the base's" in finding.found for finding in findings)

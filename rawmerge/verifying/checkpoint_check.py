@@ -26,6 +26,8 @@ def checkpoint_problems(found: BaseCheckpoint, record: Mapping[str, Any]) -> Ite
 
 def _index_problems(found: BaseCheckpoint) -> Iterator[Problem]:
     if found.weight_map is None:
+        if len(found.shards) > 1:
+            yield Problem(INDEX_NAME, f"an index of {len(found.shards)} shards", "none: loaders do not find them")
         return
     listed = found.weight_map.shard_by_tensor
     for name in found.tensors:

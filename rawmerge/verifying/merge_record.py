@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rawmerge.errors import Problem
 from rawmerge.inputs.identity import RECORD_NAME, read_record
-from rawmerge.merge_options import CHOICES, COMBINING, MergeOptions
+from rawmerge.merge_options import CHOICES, MergeOptions
 
 #: Fields of `MergeOptions` by the record's names for them, and what the record calls an empty one.
 _RECORDED: Final = {
@@ -46,7 +46,8 @@ class MergeRecord:
         self.problems: list[Problem] = []
         self._options: dict[str, Any] = {}
         if self.exists and not found.fields:
-            self.problems.append(Problem(RECORD_NAME, "a merge record", found.note or "one that says nothing"))
+            why = found.note.removeprefix("the base's ") or "one that says nothing"
+            self.problems.append(Problem(RECORD_NAME, "a merge record", why))
         stated = found.fields.get("options")
         for name, (field, empty) in _RECORDED.items():
             self._take(field, name, stated.get(name, empty) if isinstance(stated, dict) else empty, empty)
@@ -77,7 +78,7 @@ class MergeRecord:
         if isinstance(value, str) and value in choices if choices else _is_positive(value, field):
             self._options[field] = value
         else:
-            unit = "" if field in COMBINING else " of bytes"
+            unit = " of bytes" if field == "max_shard_size" else ""
             expected = f"one of {choices}" if choices else f"a positive number{unit}"
             self.problems.append(Problem(f"{RECORD_NAME}: {name}", expected, ascii(value)[:80]))
 
