@@ -73,15 +73,18 @@ def cut_off(paths: Paths, output: Path, at: str = NAMES[1], **options: Any) -> B
     return caught.value
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_before_any_file_operation_the_next_run_ends_with_the_same_bytes(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "kills"), [(4, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
+def test_killed_before_any_file_operation_the_next_run_ends_with_the_same_bytes(
+    tmp_path: Path, step: int, kills: int
+) -> None:
     layered_merge(tmp_path)
-    command = [sys.executable, "-m", "tests.kill_rounds", "consume", str(tmp_path), str(step)]
+    command = [sys.executable, "-m", "tests.kill_rounds", "consume", str(tmp_path), str(step), str(kills)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["wrong"] == [], done.stderr
     assert found["rounds"] > 40 / step
+    assert found["killed"] >= kills
     assert found["resumed"] > 15 / step
 
 
