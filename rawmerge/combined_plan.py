@@ -35,6 +35,7 @@ from rawmerge.merge_plan import (
 from rawmerge.output.record import file_sha256
 from rawmerge.weighted_plan import is_scaled
 
+_OTHER_START: Final = "another tensor to start from"
 #: The method that puts rows in place of the base's.
 _ROWS: Final = "token_rows"
 #: Methods that add a delta of their own, with no setting for its size.
@@ -116,7 +117,7 @@ class _Combiner:
         changing = {place: step for place, step in steps.items() if _changes(step)}
         if len(steps) < len(self._places):
             self._check_copy(steps)
-        if len(changing) < 2 and not (self._options.combine and _has_updates(changing.values())):
+        if len(changing) < 2 and not (self._options.combine and self._is_weighed(changing)):
             return next(iter((changing or steps).values()))
         if all(isinstance(step, ReplaceTensor) for step in changing.values()):
             return self._replaced(changing)
@@ -124,10 +125,20 @@ class _Combiner:
         if found := self._reason_against(changing, updating):
             name = next(iter(changing.values())).entry.name
             adapters = self._named(changing)
-            is_summed = self._is_once and "no sum" in found
-            hint = "--order serial" if is_summed else "merge them one after the other, with an output between"
+            hint = "merge them one after the other, with an output between"
+            if "no sum" in found:
+                hint = "leave --combine out" if self._options.combine else "--order serial"
+            elif found == _OTHER_START:
+                hint = "they were trained on other values of it, and have no base in common"
             self.problems.append(Problem(name, f"changes of adapters {adapters} that go together", found, hint))
         return self._updated(updating) if updating else next(iter(changing.values()))
+
+    def _is_weighed(self, changing: Mapping[int, Step]) -> bool:
+        """Whether a combination changes what one adapter alone does to a tensor; else that stays as it is."""
+        ((place, step),) = changing.items() or [(0, None)]
+        if not isinstance(step, UpdateTensor) or not step.updates:
+            return False
+        return self._weights[place] != 1 or all(map(_is_added, step.updates))
 
     def _named(self, chosen: Iterable[int]) -> str:
         return " and ".join(str(self._places[place]) for place in chosen)
@@ -158,7 +169,7 @@ class _Combiner:
         if len(updating) < len(changing) or any(step.overlay for step in steps):
             return "values that one stores whole, and a delta of another"
         if any((step.entry.dtype, step.entry.shape, step.source) != _identity(steps[0]) for step in steps):
-            return "another tensor to start from"
+            return _OTHER_START
         if any(step.columns != steps[0].columns for step in steps):
             return "another view of its rows"
         if found := _lost_rows(steps):
@@ -256,10 +267,6 @@ def _is_added(update: Update) -> bool:
 def _rank(step: Step) -> int:
     """Return the largest rank of a step's pairs, 0 where it has none."""
     return max((at.rank for at in step.updates), default=0) if isinstance(step, UpdateTensor) else 0
-
-
-def _has_updates(steps: Iterable[Step]) -> bool:
-    return any(isinstance(step, UpdateTensor) and step.updates for step in steps)
 
 
 def _changes(step: Step) -> bool:

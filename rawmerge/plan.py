@@ -16,11 +16,12 @@ from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.model_config import with_dtype
 from rawmerge.inputs.adapter import Adapter, read_adapter
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint, read_base
+from rawmerge.inputs.comparison import same_bytes
 from rawmerge.inputs.identity import check_identity
 from rawmerge.layer_replication import layer_order, replicate_layers
 from rawmerge.matching.matcher import match_adapter
 from rawmerge.merge_options import CHOICES, MergeOptions, combination_problems
-from rawmerge.merge_plan import AdapterInput, AdapterUse, MergePlan, WrittenFile
+from rawmerge.merge_plan import AdapterInput, AdapterUse, MergePlan, Step, UpdateTensor, WrittenFile
 from rawmerge.output.card_sources import with_card
 from rawmerge.output.output_config import OutputConfig
 from rawmerge.output.side_files import SideFile, differing_tokenizer_files, list_side_files
@@ -120,7 +121,7 @@ def _combined(
     Raises:
         PlanError: they do not go together.
     """
-    plans, places = [one.plan for one in planned], [one.place for one in planned]
+    plans, places = [_from_base(one.plan, base) for one in planned], [one.place for one in planned]
     problems = ProblemCollector()
     problems.add(PlanError, _shared_problems(base, planned, adapters))
     problems.raise_if_any()
@@ -139,6 +140,24 @@ def _combined(
         left_out=brought.left_out,
         notes=tuple(_all_notes(planned)),
     )
+
+
+def _from_base(plan: MergePlan, base: BaseCheckpoint) -> MergePlan:
+    """Return the plan with updates starting from the base where the adapter's copy of its tensor is the same.
+
+    PEFT stores the embeddings beside a LoRA on them; two such adapters would begin with a copy each.
+    """
+    adapter = {file.path for file in plan.adapter_files}
+
+    def started(step: Step) -> Step:
+        found = base.tensors.get(step.entry.name)
+        if not isinstance(step, UpdateTensor) or step.source.path not in adapter or found is None:
+            return step
+        alike = (found.dtype, found.shape) == (step.source.dtype, step.source.shape)
+        return replace(step, source=found) if alike and same_bytes(step.source, found) else step
+
+    shards = (replace(shard, steps=tuple(map(started, shard.steps))) for shard in plan.shards)
+    return replace(plan, shards=tuple(shards))
 
 
 def _beside(written: Iterable[WrittenFile], brought: MergePlan, plans: Iterable[MergePlan]) -> tuple[SideFile, ...]:

@@ -423,3 +423,12 @@ def test_the_readme_s_example_is_taken() -> None:
     from tests.test_readme import block
 
     assert llamafactory_job(parse_yaml(block("yaml"))).max_shard_size == 2 * 10**9
+
+
+def test_an_axolotl_file_takes_the_output_from_the_command_line_and_no_other_key(tmp_path: Path) -> None:
+    path = tmp_path / "ax.yaml"
+    path.write_text("base_model: b\nlora_model_dir: a\noutput_dir: zz\nadapter: lora\nsequence_len: 512\n")
+    assert rawmerge.read_export(path).output == "zz/merged"
+    assert rawmerge.read_export(path, ["export_dir=xo"]).output == "xo"
+    with pytest.raises(RefusedError, match="outptu_dir"):
+        rawmerge.read_export(path, ["outptu_dir=yy"])

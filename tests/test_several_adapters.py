@@ -434,3 +434,49 @@ def test_a_weight_that_is_too_small_for_a_float_is_refused() -> None:
     with pytest.raises(ValueError, match="that a float can hold"):
         split_weight("a:1e-400")
     assert split_weight("a:0.0e5") == ("a", 0.0)
+
+
+def test_copies_of_the_base_s_embeddings_are_the_base_s(tmp_path: Path) -> None:
+    """PEFT stores `base_layer.weight` beside a LoRA on embeddings."""
+    weight = random_tensor((96, 64))
+    base = write_base(tmp_path / "base", [{"model.embed_tokens.weight": weight}])
+    paths = []
+    for seed, stored in enumerate((weight, weight, None)):
+        generator = torch.Generator().manual_seed(seed)
+        prefix = "base_model.model.model.embed_tokens."
+        tensors = {
+            f"{prefix}lora_embedding_A": torch.randn(RANK, 96, generator=generator) * 0.2,
+            f"{prefix}lora_embedding_B": torch.randn(64, RANK, generator=generator) * 0.2,
+        }
+        if stored is not None:
+            tensors[f"{prefix}base_layer.weight"] = stored.clone()
+        paths.append(write_adapter(tmp_path / f"{seed}", tensors, target_modules=["embed_tokens"]))
+    rawmerge.merge_adapter(base, paths, tmp_path / "out")
+    value = weight
+    for path in paths:
+        a, b = (read_all(path)[f"{prefix}lora_embedding_{letter}"] for letter in "AB")
+        value = (value.float() + ((b @ a).T * SCALING).bfloat16().float()).bfloat16()
+    assert raw(read_all(tmp_path / "out")["model.embed_tokens.weight"]) == raw(value)
+    other = read_all(paths[1]) | {f"{prefix}base_layer.weight": weight + 1}
+    write_adapter(paths[1], other, target_modules=["embed_tokens"])
+    with pytest.raises(PlanError) as caught:
+        rawmerge.plan_merge(base, paths, force=True)
+    assert "no base in common" in str(caught.value)
+
+
+def test_a_combination_leaves_alone_what_has_no_sum_and_one_adapter_changes(tmp_path: Path) -> None:
+    tensors = {
+        "model.embed_tokens.weight": random_tensor((24, 8)),
+        "model.layers.0.q_proj.weight": random_tensor((12, 8)),
+    }
+    base = write_base(tmp_path / "base", [tensors])
+    rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.full((1, 8), 3.0)}
+    pairs = [lora_pair("model.layers.0.q_proj", 12, 8, seed=seed) for seed in (1, 2)]
+    one = write_adapter(tmp_path / "one", rows | pairs[0], trainable_token_indices={"embed_tokens": [5]})
+    two = write_adapter(tmp_path / "two", pairs[1])
+    rawmerge.merge_adapter(base, [one, two], tmp_path / "out", combine="ties", density=0.5)
+    found = read_all(tmp_path / "out")["model.embed_tokens.weight"]
+    assert found[5].tolist() == [3.0] * 8
+    assert raw(found[:5]) == raw(read_all(base)["model.embed_tokens.weight"][:5])
+    with pytest.raises(PlanError, match=r"leave --combine out|leave the weight out"):
+        rawmerge.plan_merge(base, [f"{one}:0.5", two], combine="ties", density=0.5)

@@ -36,9 +36,10 @@ def read_export(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         document: Mapping[str, Any] = {"models": [{"model": text}]}
     else:
         document = read_yaml(Path(text).expanduser())
-    table = interpolated(with_overrides(document, overrides))
+    given = list(overrides)
+    table = interpolated(with_overrides(document, given))
     if axolotl.MARK in table:
-        return axolotl.axolotl_job(table)
+        return axolotl.axolotl_job(table, {text.partition("=")[0].strip() for text in given})
     if mergekit.MARKS & table.keys():
         return mergekit.mergekit_job(table)
     return llamafactory_job(table)
