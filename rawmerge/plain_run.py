@@ -15,7 +15,7 @@ from rawmerge.output.earlier_output import statuses
 from rawmerge.output.finished_shards import FinishedShards, choices_of, find_finished
 from rawmerge.output.manifest import MANIFEST_NAME
 from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, updated_names
-from rawmerge.output.shard_journal import ShardJournal
+from rawmerge.output.shard_journal import ShardJournal, read_earlier_run
 from rawmerge.output.shard_origins import ShardOrigins, remember_output
 from rawmerge.output.small_files import complete_record, write_small_files
 from rawmerge.output.staging_directory import StagingDirectory
@@ -38,6 +38,8 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
     """
     plan = request.plan
     with StagingDirectory(request.output) as staging:
+        if request.options.resume and (earlier := read_earlier_run(staging.folder)):
+            staging.finished = lambda: earlier.shards  # until it is known what is of use
         check_inputs(plan.base_files, plan.adapter_files)
         notes = _take_up(request, origins, staging)
         with request.with_manifest(staging.path) as listed:

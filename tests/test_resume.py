@@ -304,6 +304,28 @@ def test_an_output_that_is_replaced_stands_meanwhile(layered: Paths, tmp_path: P
     assert names(tmp_path) == ["adapter", "base", "out"]
 
 
+@pytest.mark.parametrize("boot", ["the same", "another"])
+def test_what_is_cut_off_before_it_goes_on_keeps_what_was_there(
+    layered: Paths, tmp_path: Path, golden: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, boot: str
+) -> None:
+    cut_off(layered, tmp_path / "out", 2)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if boot == "another":
+            patch.setattr(finished_shards, "boot_id", lambda: boot)
+            patch.setattr("rawmerge.output.finished_shards.Engine.run", stop)
+        else:
+            patch.setattr("rawmerge.plain_run.check_inputs", stop)
+        with pytest.raises(KeyboardInterrupt):
+            rawmerge.merge_adapter(*layered, tmp_path / "out")
+    assert names(hidden(tmp_path) / "output") == NAMES[:2]
+    assert rawmerge.merge_adapter(*layered, tmp_path / "out").resumed == 2
+    assert folder_bytes(tmp_path / "out") == golden
+
+
 def test_paths_that_are_not_utf_8_go_on_too(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"r\xff")
     try:

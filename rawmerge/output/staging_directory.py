@@ -196,7 +196,7 @@ class StagingDirectory:
         with suppress(OSError):  # what else is there is only in the way
             self.clear(names)
         self._keeps_folder = True
-        size = format_bytes(sum(path.stat().st_size for path in self.path.iterdir()))
+        size = format_bytes(reclaimed_bytes(self.output))
         count = "1 shard is" if len(names) == 1 else f"{len(names)} shards are"
         error.add_note(
             f"nothing was published; {count} finished and kept in {quote(self.folder)} ({size}): the same command goes "
