@@ -53,6 +53,7 @@ def dying(paths: Paths, output: Path, number: int) -> int:
     return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stands", [False, True])
 def test_a_merge_that_is_killed_anywhere_leaves_the_output_absent_or_whole(
     tiny: Paths, tmp_path: Path, stands: bool
