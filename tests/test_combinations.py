@@ -55,7 +55,7 @@ PRUNING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["BF16", "F32"])
+@pytest.fixture(scope="module", params=["BF16", pytest.param("F32", marks=pytest.mark.slow)])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[request.param]
     tensors = {f"{name}.weight": random_tensor(shape, dtype) for name, shape in SHAPES.items()}

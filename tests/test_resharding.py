@@ -316,6 +316,7 @@ def test_a_merge_that_is_cut_off_goes_on_from_its_shards(tmp_path: Path) -> None
     assert f"--max-shard-size was '{size}', now '1'" in " ".join(other.notes)
 
 
+@pytest.mark.slow
 def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
     shards = [{f"model.layers.{at}.q_proj.weight": random_tensor((12, 8), seed=at) for at in range(300)}]
     base = write_base(tmp_path / "base", shards)

@@ -453,7 +453,9 @@ main()
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
+@pytest.mark.parametrize(
+    ("name", "code"), [pytest.param("SIGTERM", 143, marks=pytest.mark.slow), ("SIGINT", 130), ("SIGKILL", -9)]
+)
 def test_a_signal_ends_the_command_and_the_next_goes_on(tmp_path: Path, name: str, code: int) -> None:
     paths = aged(layered_merge(tmp_path, layers=40, changed=range(40)))
     rawmerge.merge_adapter(*paths, tmp_path / "golden")

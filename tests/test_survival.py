@@ -66,7 +66,10 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     return made
 
 
-@pytest.fixture(params=[(2**18, 4096), (2**11, 4096), (2**18, 40)], ids=["all", "elements", "rows"])
+@pytest.fixture(
+    params=[(2**18, 4096), (2**11, 4096), pytest.param((2**18, 40), marks=pytest.mark.slow)],
+    ids=["all", "elements", "rows"],
+)
 def sample(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """Look at all rows, or at some."""
     monkeypatch.setattr(survival, "SAMPLE_ELEMENTS", request.param[0])

@@ -268,6 +268,7 @@ def test_a_merge_that_did_not_sync_would_be_found(
     assert replay(merge, recorder, most_faults=1, seeds=range(4)).faults
 
 
+@pytest.mark.slow
 def test_of_a_line_of_the_journal_one_sector_is_there_and_another_not(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ KINDS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.fixture(params=[torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return oracle.save_base(tmp_path / "base", tiny.CAUSAL, tiny.llama(), request.param)
 
