@@ -77,6 +77,7 @@ def _take_up(request: RunRequest, origins: ShardOrigins, staging: StagingDirecto
     """
     identities = origins.identities
     if identities is None:  # an input is gone, which is told of elsewhere
+        staging.finished = tuple
         staging.clear()
         return []
     found = FinishedShards({})
