@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from rawmerge.exporting.job_file import read_export
     from rawmerge.inspection import Inspection
     from rawmerge.leftovers import clean_output
+    from rawmerge.merge_options import MergeOptions
     from rawmerge.merge_plan import MergePlan
     from rawmerge.plan_json import format_plan, parse_plan
+    from rawmerge.planning import choose_options
     from rawmerge.run import MergeSummary, run_plan
     from rawmerge.verifying.findings import Verification
 
@@ -32,6 +34,7 @@ __all__ = [
     "ExportJob",
     "Inspection",
     "MergeError",
+    "MergeOptions",
     "MergePlan",
     "MergeSummary",
     "Problem",
@@ -41,6 +44,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "__version__",
+    "choose_options",
     "clean_output",
     "format_plan",
     "inspect_path",
@@ -57,6 +61,7 @@ _HOMES = {
     "ExportJob": "exporting.export_job",
     "Inspection": "inspection",
     "MergeError": "errors",
+    "MergeOptions": "merge_options",
     "MergePlan": "merge_plan",
     "MergeSummary": "run",
     "Problem": "errors",
@@ -65,6 +70,7 @@ _HOMES = {
     "RefusedError": "errors",
     "Verification": "verifying.findings",
     "VerificationError": "errors",
+    "choose_options": "planning",
     "clean_output": "leftovers",
     "format_plan": "plan_json",
     "inspect_path": "api",

@@ -99,14 +99,14 @@ def merge(
 
     ADAPTER:0.7 multiplies an adapter's deltas. Prints the directory, or with --json a summary.
     """
-    from rawmerge.planning import merge_options, plan_for_output
+    from rawmerge.planning import choose_options, plan_for_output
 
     if no_reuse and not overwrite:
         raise click.UsageError("--no-reuse goes with --overwrite: without an output there is nothing to reuse.")
     choices: RunChoices = {"overwrite": overwrite, "threads": threads, "max_memory": max_memory, "without": without}
     choices |= {"device": device, "link": link, "consume_base": consume_base, "reuse": not no_reuse}
     choices |= {"resume": not no_resume, "verify": verify, "checksum": checksum}
-    plan = plan_for_output(base, adapters, output, merge_options(**options), consumes=consume_base)
+    plan = plan_for_output(base, adapters, output, choose_options(**options), consumes=consume_base)
     _carry_out(plan, output, choices, dry_run=dry_run, as_json=as_json)
 
 
@@ -117,10 +117,11 @@ def _carry_out(plan: MergePlan, output: Path, choices: RunChoices, *, dry_run: b
     from rawmerge.summary_report import summary_json, summary_text
 
     if dry_run:
-        for note in check_run(plan, output, **choices):
+        notes = check_run(plan, output, **choices)
+        for note in notes:
             say(printable(f"note: {note}"), err=True)
         run_options = RunOptions(**choices)
-        say(plan_json(plan, run_options) if as_json else plan_text(plan, run_options))
+        say(plan_json(plan, run_options, notes) if as_json else plan_text(plan, run_options))
         return
     for line in (*(printable(f"note: {note}") for note in plan.notes), *left_out_lines(plan)):
         say(line, err=True)

@@ -47,7 +47,7 @@ MAJORITY_SIGNS: Final = ("total", "frequency")
 #: Field of `MergeOptions` to what it may be; an empty text stands for what is said of it there.
 CHOICES: Final = {
     "compute_dtype": COMPUTE_DTYPES,
-    "output_dtype": ("", *OUTPUT_DTYPES, AUTO_DTYPE),
+    "dtype": ("", *OUTPUT_DTYPES, AUTO_DTYPE),
     "vocab": ("", OVERLAY),
     "tokenizer": TOKENIZERS,
     "moe_lora_b_layout": ("", *LAYOUTS),
@@ -59,28 +59,39 @@ CHOICES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """The choices that decide the output's bytes.
+    """The choices that decide the output's bytes; `choose_options` makes them of what a user says.
 
     Attributes:
-        compute_dtype: `float32` (bit-equal to PEFT) or `float64` (rounded once from float64).
-        output_dtype: `float32`, `bfloat16` or `float16` for all float tensors; empty to keep each tensor's own. `auto`,
-            for the one that the base's config states, is in no plan: planning puts that one in its place.
-        vocab: `overlay` to write a smaller vocabulary over the first rows of the base's; empty to refuse it.
-        tokenizer: whose tokenizer files the output gets, `base` or `adapter`.
-        moe_lora_b_layout: one of `LAYOUTS`; empty for the adapter's own marker, else PEFT's order.
-        max_shard_size: most bytes of an output shard's tensors; 0 for the base's shards.
-        order: of several adapters, one of `ORDERS`; `once` where they are combined.
-        combine: how several deltas of a tensor become one, a key of `COMBINATIONS`; empty for what `order` says.
-        density: the share of a delta's elements that a combination keeps, above 0 to 1; 0 where none is used.
-        majority_sign: what decides the sign of an element, one of `MAJORITY_SIGNS`.
-        seed: of the elements that are kept at random, from 0 below 2^63.
-        replaced_by: which of several adapters, from 1, gives tensors that more than one replace; 0 where none may.
-        force: merge although the base seems to be another one, or holds the adapter already.
-        card: whether a directory gets a model card.
+        compute_dtype: `float32` is bit-equal to PEFT's default merge on CPU; `float64` sums in float64 and rounds once.
+        dtype: `float32`, `bfloat16` or `float16` for all float tensors of the output; `auto` for the one that the
+            base's `config.json` states, which planning puts in its place; empty for each tensor's own.
+        vocab: `overlay` writes the rows of an adapter's smaller vocabulary over the first rows of the base's; empty
+            refuses such an adapter.
+        tokenizer: whose tokenizer and chat template files the output gets, the `base`'s or the `adapter`'s.
+        moe_lora_b_layout: how the columns of lora_B on fused experts are ordered, `rank_major` (PEFT) or
+            `grouped_by_expert` (Unsloth until September 2026); empty goes by the adapter's own marker, else PEFT's.
+        force: merge although the adapter names another base, its stored embeddings are not the base's, or the base
+            already holds this adapter.
+        card: write a model card, `README.md`, beside which the base's own becomes `README_base.md`.
+        max_shard_size: most bytes of an output shard's tensors, cut and named as transformers does; what fits in one
+            file is `model.safetensors`. 0 keeps the base's shards.
+        order: of several adapters, `serial` merges one after the other and rounds after each, as PEFT does; `once` adds
+            all deltas up and rounds once, whatever the order in which they are named. `once` where they are combined.
+        replaced_by: which of several adapters, from 1, gives a tensor that more than one replace; 0 refuses that.
+        combine: how the deltas of several adapters become one, tensor by tensor, in float32 (or `compute_dtype`), a key
+            of `COMBINATIONS`: `average` over all adapters, `magnitude`, `ties`, `dare` or `dare-ties`. Weights apply
+            after pruning. Adapters that leave a tensor alone have no say in it. `peft-linear`, `peft-cat`,
+            `peft-magnitude` and `peft-ties` combine the factors of plain LoRA, as PEFT's `add_weighted_adapter` does.
+            Empty for what `order` says.
+        density: the share of each delta's elements that `magnitude` and `ties` keep, the largest, and `dare` and
+            `dare-ties` by chance; above 0 to 1, and 0 where none is used.
+        majority_sign: what decides the sign that `ties` and `dare-ties` keep of an element: the `total` of all deltas,
+            or the `frequency` of signs.
+        seed: of what `dare` and `dare-ties` keep by chance, from 0 below 2^63; the same seed gives the same bytes.
     """
 
     compute_dtype: str = "float32"
-    output_dtype: str = ""
+    dtype: str = ""
     vocab: str = ""
     tokenizer: str = "base"
     moe_lora_b_layout: str = ""

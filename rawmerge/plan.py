@@ -102,7 +102,7 @@ def _plan_one(
     base = replicate_layers(base, order) if order else base
     matches = match_adapter(base, adapter, options)
     config = OutputConfig(base, matches, adapter.config.task_type)
-    config.edit(options.output_dtype, order)
+    config.edit(options.dtype, order)
     planner = Planner(base, adapter, matches, options, config)
     made = replace(planner.plan([*notes, *config.notes]), base_repo=base_repo)
     made = replace(made, adapters=(replace(made.adapters[0], repo=source.repo),))
@@ -198,8 +198,8 @@ def _shared_problems(
 
 def _plain_config(base: BaseCheckpoint, options: MergeOptions) -> str:
     """Return the config of an output whose tensors have the base's names and shapes."""
-    has_edit = options.output_dtype and base.config.text
-    return with_dtype(base.config, options.output_dtype) if has_edit else base.config.text
+    has_edit = options.dtype and base.config.text
+    return with_dtype(base.config, options.dtype) if has_edit else base.config.text
 
 
 def _all_notes(planned: Sequence[_Planned]) -> Iterator[str]:
@@ -227,14 +227,14 @@ def _with_stated_dtype(options: MergeOptions, base: BaseCheckpoint) -> MergeOpti
     Raises:
         PlanError: the config states none that an output may have.
     """
-    if options.output_dtype != AUTO_DTYPE:
+    if options.dtype != AUTO_DTYPE:
         return options
     stated = base.config.stated_dtype
     if stated not in OUTPUT_DTYPES:
         expected = f"one of {', '.join(OUTPUT_DTYPES)}, for --dtype auto"
         found = quote(stated) if stated else "none"
         raise PlanError(Problem(f"dtype in {CONFIG_NAME}", expected, found, "name the dtype, as in --dtype bfloat16"))
-    return replace(options, output_dtype=stated)
+    return replace(options, dtype=stated)
 
 
 def _check_options(options: MergeOptions, sources: Sequence[AdapterSource]) -> None:
@@ -245,5 +245,4 @@ def _check_options(options: MergeOptions, sources: Sequence[AdapterSource]) -> N
         raise PlanError(problem)
     for field, allowed in CHOICES.items():
         if (value := getattr(options, field)) not in allowed:
-            name = "dtype" if field == "output_dtype" else field
-            raise ValueError(f"{name} must be one of {tuple(filter(None, allowed))}, not {value!r}")
+            raise ValueError(f"{field} must be one of {tuple(filter(None, allowed))}, not {value!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from types import UnionType
@@ -17,21 +17,24 @@ from rawmerge.formats.strict_json import parse_json_object
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, UpdateTensor
 
-FORMAT: Final = "rawmerge-plan-2"
+FORMAT: Final = "rawmerge-plan-3"
 _AGAIN: Final = "make the plan again"
 _STEP_KEY: Final = "step"
 _STEPS: Final = {"keep": KeepTensor, "update": UpdateTensor, "replace": ReplaceTensor}
 _STEP_NAMES: Final = {step: name for name, step in _STEPS.items()}
 
 
-def format_plan(plan: MergePlan, *, memory: Mapping[str, Any] | None = None) -> str:
+def format_plan(
+    plan: MergePlan, *, memory: Mapping[str, Any] | None = None, run_notes: Sequence[str] | None = None
+) -> str:
     """Return the plan as one JSON object, with a `format` field first.
 
     Args:
         plan: the plan.
         memory: what it is predicted to take on this machine, told in a `memory` field; no part of the plan.
+        run_notes: what a run would take over from earlier ones, told in a `run_notes` field; no part of the plan.
     """
-    told = {"memory": memory} if memory is not None else {}
+    told = {name: value for name, value in (("memory", memory), ("run_notes", run_notes)) if value is not None}
     return json.dumps({"format": FORMAT, **told, **_encode(plan)})
 
 
@@ -44,7 +47,8 @@ def parse_plan(text: str) -> MergePlan:
     try:
         document = parse_json_object(text.encode())
         stated = document.pop("format", None)
-        document.pop("memory", None)
+        for told in ("memory", "run_notes"):
+            document.pop(told, None)
         decoded: MergePlan = _decode(MergePlan, document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # half of a surrogate pair is a ValueError
         raise PlanError(Problem("plan", f"a plan in the format {FORMAT}", str(error)[:200])) from error

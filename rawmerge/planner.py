@@ -138,7 +138,7 @@ class Planner:
         return usual[0][0] if usual and DTYPES[stored].is_mergeable else stored
 
     def _output_dtype(self, stored: str) -> str:
-        asked = OUTPUT_DTYPES.get(self.options.output_dtype, stored)
+        asked = OUTPUT_DTYPES.get(self.options.dtype, stored)
         return asked if DTYPES[stored].is_mergeable else stored
 
     def written_files(self, shards: tuple[ShardPlan, ...]) -> Iterator[WrittenFile]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypedDict, Unpack
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 from rawmerge.adapter_source import AdapterSource, split_weight
 from rawmerge.byte_sizes import byte_limit
@@ -22,17 +22,19 @@ from rawmerge.inputs.hub import resolve_adapter, resolve_base
 from rawmerge.merge_options import ONCE, SERIAL, SUM, MergeOptions, order_problem
 from rawmerge.merge_plan import AdapterInput, MergePlan
 from rawmerge.plan import make_plan
+from rawmerge.run_options import RunChoices
 
 #: A path or hub id.
 Place: TypeAlias = str | os.PathLike[str]
 #: One adapter or several, each with a weight behind a colon if it is a text.
 Adapters: TypeAlias = Place | Sequence[Place]
-#: What callers call a field of `MergeOptions` that has another name there.
-_FIELDS: Final = {"dtype": "output_dtype"}
 
 
 class PlanChoices(TypedDict, total=False):
-    """The choices that decide an output's bytes, as `plan_merge` takes them."""
+    """The fields of `MergeOptions` as keyword arguments; None for what is not chosen.
+
+    A `max_shard_size` may be a text, such as `5GB` or `512MiB`, and `combine="sum"` is another name for `order="once"`.
+    """
 
     compute_dtype: str
     dtype: str | None
@@ -48,6 +50,10 @@ class PlanChoices(TypedDict, total=False):
     seed: int
     force: bool
     card: bool
+
+
+class MergeChoices(PlanChoices, RunChoices, total=False):
+    """The choices that decide an output's bytes, and those of how it is made."""
 
 
 def adapter_sources(adapters: Adapters) -> list[AdapterSource]:
@@ -112,7 +118,7 @@ def plan_for_output(
         base: see `plan_merge`.
         adapters: see `plan_merge`.
         output: directory to make.
-        options: what decides the output's bytes; see `merge_options`.
+        options: what decides the output's bytes; see `MergeOptions`.
         consumes: whether the merge is to consume its base, so that a finished one may have.
 
     Raises:
@@ -134,13 +140,20 @@ def plan_for_output(
         raise
 
 
-def merge_options(**choices: Unpack[PlanChoices]) -> MergeOptions:
-    """Return the choices of `plan_merge` as a value, in which what is left out is empty.
+def choose_options(**choices: Unpack[PlanChoices]) -> MergeOptions:
+    """Return the choices that decide an output's bytes as a frozen value, to be used for several merges.
+
+    Args:
+        choices: the fields of `MergeOptions`, None for what is not chosen; a `max_shard_size` may be a text, such as
+            `5GB` or `512MiB`, and `combine="sum"` is another name for `order="once"`.
 
     Raises:
-        PlanError: `sum` in another order than `once`. ValueError: a size is none.
+        RefusedError: `combine` in another order than `once`. ValueError: a size is none.
+        TypeError: there is no such choice.
     """
-    given: dict[str, Any] = {_FIELDS.get(name, name): value for name, value in choices.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    if unknown := sorted(given.keys() - PlanChoices.__annotations__.keys()):
+        raise TypeError(f"there is no choice {', '.join(unknown)}; those of a merge are in MergeOptions and RunOptions")
     if "max_shard_size" in given:
         given["max_shard_size"] = byte_limit("max_shard_size", given["max_shard_size"])
     if "density" in given:
@@ -152,6 +165,26 @@ def merge_options(**choices: Unpack[PlanChoices]) -> MergeOptions:
             raise PlanError(order_problem(SUM, given["order"]))
         del given["combine"]  # another name for this order
     return MergeOptions(**given)
+
+
+def chosen_options(options: MergeOptions | None, choices: PlanChoices) -> MergeOptions:
+    """Return the options that a caller gives as a value, or choice by choice.
+
+    Raises:
+        ValueError: both. RefusedError, TypeError: as `choose_options`.
+    """
+    if options is None:
+        return choose_options(**choices)
+    if choices:
+        raise ValueError(f"give options or {', '.join(choices)}, not both; dataclasses.replace changes options")
+    return options
+
+
+def split_choices(choices: MergeChoices) -> tuple[PlanChoices, RunChoices]:
+    """Return what decides an output's bytes, unknown names included, and what decides how it is made."""
+    run = {name: value for name, value in choices.items() if name in RunChoices.__annotations__}
+    plan = {name: value for name, value in choices.items() if name not in run}
+    return plan, run  # type: ignore[return-value]  # mypy does not follow names through dicts
 
 
 def _other_inputs(plan: MergePlan, base: Place, adapters: Adapters) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inspection import Inspection
 from rawmerge.leftovers import Leftover
 from rawmerge.memory.budget import choose_budget
+from rawmerge.merge_options import ONCE, MergeOptions
 from rawmerge.merge_plan import (
     AdapterInput,
     AdapterUse,
@@ -36,6 +37,7 @@ from rawmerge.verifying.findings import Verification
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAX_PROBLEMS: Final = 20
 _MAX_NAMES: Final = 8
+_SERIAL: Final = "one adapter after the other, rounded after each"
 
 
 def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
@@ -45,7 +47,8 @@ def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
     lines = [
         f"base      {plan.base_root}",
         *(line for adapter in plan.adapters for line in _adapter_lines(adapter)),
-        f"compute   {plan.options.compute_dtype}, output dtype {plan.options.output_dtype or 'as stored'}",
+        *(f"order     {_order_text(plan.options)}" for _ in plan.adapters[1:2]),
+        f"compute   {plan.options.compute_dtype}, output dtype {plan.options.dtype or 'as stored'}",
         f"tensors   {done}",
         *(f"  {line}" for line in _changed_lines(plan.steps())),
         f"memory    {_memory_text(plan, options or RunOptions())}",
@@ -58,15 +61,25 @@ def plan_text(plan: MergePlan, options: RunOptions | None = None) -> str:
     return "\n".join(map(printable, lines))
 
 
+def _order_text(options: MergeOptions) -> str:
+    """Return what becomes of several adapters."""
+    if options.combine:
+        return f"{options.combine}: the deltas are combined and rounded once"
+    return "once: all deltas are summed and rounded once" if options.order == ONCE else f"{options.order}: {_SERIAL}"
+
+
 def _adapter_lines(adapter: AdapterInput) -> Iterator[str]:
     weight = "" if adapter.weight == 1 else f", weight {adapter.weight:g}"
     yield f"adapter   {adapter.root} ({_account_summary(adapter.uses)}{weight})"
     yield from (f"  {line}" for line in account_lines(adapter.uses))
 
 
-def plan_json(plan: MergePlan, options: RunOptions | None = None) -> str:
-    """Return a plan as one JSON object that `parse_plan` reads, and the memory that it takes with these options."""
-    return format_plan(plan, memory=_memory_fields(plan, options or RunOptions()))
+def plan_json(plan: MergePlan, options: RunOptions | None = None, run_notes: Sequence[str] | None = None) -> str:
+    """Return a plan as one JSON object that `parse_plan` reads, and the memory that it takes with these options.
+
+    Of a dry run it has `run_notes` too: what would become of shards that need not be made.
+    """
+    return format_plan(plan, memory=_memory_fields(plan, options or RunOptions()), run_notes=run_notes)
 
 
 def account_lines(uses: Iterable[AdapterUse]) -> list[str]:
@@ -100,7 +113,7 @@ def leftovers_text(removed: Sequence[Leftover]) -> str:
 
 def leftovers_json(removed: Sequence[Leftover]) -> str:
     """Return the same as a JSON object: `removed`, each with `path` and `byte_count`."""
-    return json.dumps({"removed": [dataclasses.asdict(item) for item in removed]}, indent=2)
+    return json.dumps({"removed": [dataclasses.asdict(item) for item in removed]})
 
 
 def error_text(error: RawmergeError) -> str:

@@ -71,7 +71,7 @@ def test_auto_is_what_the_config_states_and_is_recorded_as_that(
     paths = mixed_base(tmp_path, config)
     plan = rawmerge.plan_merge(*paths, dtype="auto")
     assert plan == rawmerge.plan_merge(*paths, dtype=dtype)
-    assert plan.options.output_dtype == dtype
+    assert plan.options.dtype == dtype
 
 
 @pytest.mark.parametrize("config", [config for config, _ in STATED if "vision_config" not in config])
@@ -79,7 +79,7 @@ def test_it_is_what_transformers_reads(tmp_path: Path, config: dict[str, Any]) -
     text = json.dumps(config).replace("torch.bfloat16", "bfloat16")  # only torch's own name has no prefix there
     base, adapter = mixed_base(tmp_path, json.loads(text))
     stated = pytest.importorskip("transformers").AutoConfig.from_pretrained(base).dtype
-    assert str(stated) == f"torch.{rawmerge.plan_merge(base, adapter, dtype='auto').options.output_dtype}"
+    assert str(stated) == f"torch.{rawmerge.plan_merge(base, adapter, dtype='auto').options.dtype}"
 
 
 @pytest.mark.parametrize(("config", "found"), NONE_STATED)
@@ -117,7 +117,7 @@ def test_without_it_float32_tensors_of_a_bfloat16_base_stay_float32(tmp_path: Pa
 def test_the_command_takes_it(tmp_path: Path) -> None:
     paths = map(str, mixed_base(tmp_path, {**LLAMA, "dtype": "float16"}))
     done = CliRunner().invoke(cli, ["plan", *paths, "--dtype", "auto", "--json"])
-    assert json.loads(done.stdout)["options"]["output_dtype"] == "float16"
+    assert json.loads(done.stdout)["options"]["dtype"] == "float16"
 
 
 def test_a_consuming_merge_goes_on_with_it(tmp_path: Path) -> None:

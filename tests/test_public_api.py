@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 import rawmerge
 from rawmerge import errors
+from rawmerge.planning import PlanChoices
+from rawmerge.run_options import RunChoices, RunOptions
+from tests.builders import folder_bytes, tiny_merge
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -53,3 +57,47 @@ def test_the_tree_in_the_docstring_names_every_error_with_its_exit_code() -> Non
     assert errors.RefusedError.exit_code == 3
     assert errors.MergeError.exit_code == 4
     assert errors.VerificationError.exit_code == 5
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> tuple[Path, Path]:
+    return tiny_merge(tmp_path)
+
+
+def test_options_as_a_value_give_the_bytes_of_single_choices(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = inputs
+    options = rawmerge.choose_options(dtype="bfloat16", max_shard_size="1MB", order="once")
+    assert options == rawmerge.MergeOptions(dtype="bfloat16", max_shard_size=10**6, order="once")
+    rawmerge.merge_adapter(base, [adapter, f"{adapter}:0.5"], tmp_path / "value", options=options, threads=1)
+    single = tmp_path / "single"
+    rawmerge.merge_adapter(
+        base, [adapter, f"{adapter}:0.5"], single, dtype="bfloat16", max_shard_size="1MB", order="once"
+    )
+    made = folder_bytes(tmp_path / "value")
+    assert "model.safetensors" in made
+    assert made == folder_bytes(single)
+
+
+def test_options_are_frozen_and_given_in_one_way(inputs: tuple[Path, Path]) -> None:
+    base, adapter = inputs
+    options = rawmerge.choose_options(combine="ties", density=1)
+    assert (options.order, options.density, type(options.density)) == ("once", 1.0, float)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.order = "serial"  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"options or dtype, not both"):
+        rawmerge.plan_merge(base, adapter, options=options, dtype="float16")
+    with pytest.raises(TypeError, match=r"no choice dtyp;"):
+        rawmerge.plan_merge(base, adapter, dtyp="float16")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"no choice overwite;"):
+        rawmerge.merge_adapter(base, adapter, base.parent / "out", overwite=True)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"dtype must be one of"):
+        rawmerge.plan_merge(base, adapter, options=rawmerge.MergeOptions(dtype="float8"))
+
+
+def test_the_choices_are_the_fields_of_the_options() -> None:
+    fields = [field.name for field in dataclasses.fields(rawmerge.MergeOptions)]
+    assert sorted(PlanChoices.__annotations__) == sorted(fields)
+    run = [field.name for field in dataclasses.fields(RunOptions)]
+    assert sorted(RunChoices.__annotations__) == sorted(run)
+    assert not {*fields} & {*run}
+    assert all(f"        {name}: " in (rawmerge.MergeOptions.__doc__ or "") for name in fields)

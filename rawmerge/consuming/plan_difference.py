@@ -13,8 +13,8 @@ from rawmerge.merge_plan import MergePlan
 
 #: What a user calls a choice, and a part of a plan.
 _NAMES: Final = {
-    "output_dtype": "--dtype",
     "compute_dtype": "--compute-dtype",
+    "dtype": "--dtype",
     "moe_lora_b_layout": "--moe-lora-b-layout",
     "vocab": "--vocab",
     "tokenizer": "--tokenizer",
@@ -34,13 +34,13 @@ _NAMES: Final = {
 
 def option_differences(before: MergeOptions, now: MergeOptions) -> Iterator[Problem]:
     """Yield a problem for each choice that is another."""
-    yield from _differences(before, as_resolved(now, before.output_dtype))
+    yield from _differences(before, as_resolved(now, before.dtype))
 
 
 def as_resolved(options: MergeOptions, dtype: str) -> MergeOptions:
     """Return what is asked for with the dtype of a plan of the same base, which `auto` stands for if it has one."""
-    is_auto = options.output_dtype == AUTO_DTYPE and dtype in OUTPUT_DTYPES
-    return dataclasses.replace(options, output_dtype=dtype) if is_auto else options
+    is_auto = options.dtype == AUTO_DTYPE and dtype in OUTPUT_DTYPES
+    return dataclasses.replace(options, dtype=dtype) if is_auto else options
 
 
 def plan_differences(before: MergePlan, now: MergePlan) -> Iterator[Problem]:

@@ -43,7 +43,7 @@ def llamafactory_differences(plan: MergePlan) -> Iterator[str]:
 
 
 def _dtype_differences(plan: MergePlan, stated: str) -> Iterator[str]:
-    asked = plan.options.output_dtype
+    asked = plan.options.dtype
     if asked:
         rounded = {step.base_dtype for step in plan.steps() if isinstance(step, UpdateTensor) and step.updates}
         if rounded & {"BF16", "F16"} - {OUTPUT_DTYPES[asked]}:

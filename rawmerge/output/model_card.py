@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from rawmerge._version import __version__
+from rawmerge.byte_sizes import size_text
 from rawmerge.errors import printable
 from rawmerge.formats.card_metadata import OTHER, CardMetadata, Licence
 from rawmerge.formats.front_matter import format_front_matter
@@ -29,7 +30,6 @@ from rawmerge.output.outcome import count_steps
 _HUB: Final = "https://huggingface.co"
 _MAX_LENGTH: Final = 200
 _MAX_NAMES: Final = 20
-_FLAGS: Final = {"output_dtype": "--dtype"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,21 +207,21 @@ def _given(options: MergeOptions) -> Iterator[str]:
         value, flag = getattr(options, choice.name), f"--{choice.name.replace('_', '-')}"
         if value == choice.default or choice.name in untold:
             continue
-        yield _FLAGS.get(choice.name, flag)
+        yield flag
         if not isinstance(value, bool):
-            yield f"{value}{'B' if choice.name == 'max_shard_size' else ''}"
+            yield size_text(value) if choice.name == "max_shard_size" else f"{value}"
 
 
 def _arithmetic(options: MergeOptions, adapters: Sequence[CardAdapter]) -> Iterator[str]:
     """Yield sentences on how values were computed and rounded."""
     is_once = options.order == ONCE and len(adapters) > 1
-    if options.output_dtype:
-        yield f"All float tensors are stored in {options.output_dtype}."
+    if options.dtype:
+        yield f"All float tensors are stored in {options.dtype}."
     if len(adapters) > 1:
         how = f"combined by `{options.combine}`" if options.combine else "summed"
         yield f"What the adapters add is {how}." if is_once else "The adapters are merged one after the other."
     exceptions = {adapter.title: adapter.bits for adapter in adapters if adapter.bits != "equal"}
-    if options.compute_dtype != "float32" or options.output_dtype or is_once:
+    if options.compute_dtype != "float32" or options.dtype or is_once:
         yield f"Updates were computed in {options.compute_dtype} and rounded to the stored dtype."
     elif not exceptions:
         yield "Updates were computed in float32 and rounded as PEFT's `merge_and_unload()` does:"

@@ -95,7 +95,7 @@ def options_record(options: MergeOptions) -> dict[str, str | int | float]:
     several |= {name: getattr(options, name) for name in COMBINING if getattr(options, name) != getattr(_USUAL, name)}
     return several | {
         "compute_dtype": options.compute_dtype,
-        "dtype": options.output_dtype or "as stored",
+        "dtype": options.dtype or "as stored",
         "vocab": options.vocab or "as stored",
         "tokenizer": options.tokenizer,
         "moe_lora_b_layout": options.moe_lora_b_layout or "as marked",

@@ -14,7 +14,7 @@ from rawmerge.merge_options import CHOICES, MergeOptions
 #: Fields of `MergeOptions` by the record's names for them, and what the record calls an empty one.
 _RECORDED: Final = {
     "compute_dtype": ("compute_dtype", "float32"),
-    "dtype": ("output_dtype", "as stored"),
+    "dtype": ("dtype", "as stored"),
     "vocab": ("vocab", "as stored"),
     "tokenizer": ("tokenizer", "base"),
     "moe_lora_b_layout": ("moe_lora_b_layout", "as marked"),
@@ -47,7 +47,8 @@ class MergeRecord:
         self._options: dict[str, Any] = {}
         if self.exists and not found.fields:
             why = found.note.removeprefix("the base's ") or "one that says nothing"
-            self.problems.append(Problem(RECORD_NAME, "a merge record", why))
+            hint = "restore it; without the file the output is verified as that of any program"
+            self.problems.append(Problem(RECORD_NAME, "a merge record", why, hint))
         stated = found.fields.get("options")
         for name, (field, empty) in _RECORDED.items():
             self._take(field, name, stated.get(name, empty) if isinstance(stated, dict) else empty, empty)
