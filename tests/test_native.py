@@ -228,6 +228,25 @@ def test_a_rounded_delta_that_overflows_is_noticed(level: int) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("rounds_delta", [False, True])
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("result", DTYPES)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FFF8000])
+def test_no_payload_of_a_nan_carries_into_a_number(
+    bits: int, result: str, stored: str, rounds_delta: bool, is_double: bool, level: int
+) -> None:
+    rounds_delta = rounds_delta and not is_double and stored == result
+    recipe = make_recipe(6, 64, 2, stored, result=result, is_double=is_double, rounds_delta=rounds_delta)
+    for place in range(3):
+        tensors = [tensor.clone() for tensor in values(recipe)]
+        is_wide = tensors[place].dtype == torch.float32
+        tensors[place].view(torch.int32 if is_wide else torch.int16)[1, 1] = bits if is_wide else bits >> 16 | 1
+        assert tensors[place].isnan().any()
+        assert merged(recipe, (tensors[0], tensors[1], tensors[2]), level=level)[2]
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("stored", ["BF16", "F16"])
 def test_subnormal_sums_in_float64_are_left_to_the_other_path(stored: str, level: int) -> None:
     recipe = make_recipe(6, 64, 1, stored, is_double=True)

@@ -143,6 +143,9 @@ static PyObject *measure(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* A NaN's payload must not carry into the exponent where it is rounded to a bfloat. */
+static float plain(float value) { return value == value ? value : __builtin_copysignf(__builtin_nanf(""), value); }
+
 /* Exactly; where half is subnormal the float is not. */
 static float widen_half(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
@@ -173,9 +176,9 @@ static float widen(const char *stored, Py_ssize_t at, int dtype) {
 
 static void put(void *packed, Py_ssize_t at, float value, int is_double) {
     if (is_double)
-        ((double *)packed)[at] = value;
+        ((double *)packed)[at] = plain(value);
     else
-        ((float *)packed)[at] = value;
+        ((float *)packed)[at] = plain(value);
 }
 
 /* `count` elements at `at`, `step` apart. Those side by side are what most of the time goes to. */
@@ -183,6 +186,7 @@ static void widen_row(const char *stored, Py_ssize_t at, Py_ssize_t step, Py_ssi
                       Py_ssize_t to, int is_double) {
     if (step == 1 && dtype == F32 && !is_double) {
         memcpy((float *)packed + to, stored + 4 * at, 4 * count);
+        for (Py_ssize_t i = to; i < to + count; i++) ((float *)packed)[i] = plain(((float *)packed)[i]);
         return;
     }
     for (Py_ssize_t i = 0; i < count; i++) put(packed, to + i, widen(stored, at + i * step, dtype), is_double);

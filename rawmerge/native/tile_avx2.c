@@ -83,6 +83,18 @@ FN void store_float_avx2(void *at, __m256 values, int dtype, struct state_float_
         _mm_storeu_si128(at, bfloat_avx2(bits));
 }
 
+/* Storing watches all that there is. */
+FN void watch_float_avx2(__m256 values, struct state_float_avx2 *state) { (void)values, (void)state; }
+
+FN __m256 rounded_float_avx2(__m256 values, int dtype) {
+    if (dtype == F32) return values;
+    if (dtype == F16) return _mm256_cvtph_ps(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return _mm256_castsi256_ps(_mm256_and_si256(half, _mm256_set1_epi32(0xffff0000)));
+}
+
 FN struct state_float_avx2 begin_float_avx2(int changed) {
     return (struct state_float_avx2){_mm256_setzero_si256(), changed};
 }
@@ -162,6 +174,14 @@ FN void store_double_avx2(void *at, __m256d values, int dtype, struct state_doub
         _mm_storel_epi64(at, _mm_cvtps_ph(nearest, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     else
         _mm_storel_epi64(at, bfloat_avx2(_mm256_castsi128_si256(bits)));
+}
+
+FN void watch_double_avx2(__m256d values, struct state_double_avx2 *state) { (void)values, (void)state; }
+
+/* No delta in float64 is rounded before it is added. */
+FN __m256d rounded_double_avx2(__m256d values, int dtype) {
+    (void)dtype;
+    return values;
 }
 
 FN struct state_double_avx2 begin_double_avx2(int changed) {

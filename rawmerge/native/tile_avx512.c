@@ -35,7 +35,7 @@ static inline __attribute__((always_inline, TARGET)) void end_avx512(const struc
 #define REAL float
 #define VEC __m512
 #define LANES 16
-#define ROWS 6
+#define ROWS 4
 #define VECS 4
 #define v_zero _mm512_setzero_ps
 #define v_set1 _mm512_set1_ps
@@ -49,6 +49,7 @@ static inline __attribute__((always_inline, TARGET)) void end_avx512(const struc
 
 struct state_float_avx512 {
     __m512i highest; /* absolute value, as bits */
+    __m256i stored;  /* absolute value as stored in two bytes, as bits */
     int changed;
 };
 
@@ -59,28 +60,48 @@ FN __m512 load_float_avx512(const void *at, int dtype) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
 }
 
+FN void watch_float_avx512(__m512 values, struct state_float_avx512 *state) {
+    const __m512i absolute = _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff));
+    state->highest = _mm512_max_epu32(state->highest, absolute);
+}
+
+/* The bits of which the higher half is the nearest bfloat, ties to even. */
+FN __m512i bfloat_avx512(__m512 values) {
+    const __m512i bits = _mm512_castps_si512(values), half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    return _mm512_mask_add_epi32(half, is_odd, half, _mm512_set1_epi32(1));
+}
+
+FN __m512 rounded_float_avx512(__m512 values, int dtype) {
+    if (dtype == F32) return values;
+    if (dtype == F16)
+        return _mm512_cvtph_ps(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return _mm512_castsi512_ps(_mm512_and_si512(bfloat_avx512(values), _mm512_set1_epi32(0xffff0000)));
+}
+
 FN void store_float_avx512(void *at, __m512 values, int dtype, struct state_float_avx512 *state) {
-    const __m512i bits = _mm512_castps_si512(values);
-    state->highest = _mm512_max_epu32(state->highest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
     if (dtype == F32) {
+        watch_float_avx512(values, state);
         _mm512_storeu_ps(at, values);
-    } else if (dtype == F16) {
-        _mm256_storeu_si256(at, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    } else {
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-        _mm256_storeu_si256(at, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, half), 16)));
+        return;
     }
+    const __m256i stored = dtype == F16
+                               ? _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+                               : _mm512_cvtepi32_epi16(_mm512_srli_epi32(bfloat_avx512(values), 16));
+    state->stored = _mm256_max_epu16(state->stored, _mm256_and_si256(stored, _mm256_set1_epi16(0x7fff)));
+    _mm256_storeu_si256(at, stored);
 }
 
 FN struct state_float_avx512 begin_float_avx512(int changed) {
-    return (struct state_float_avx512){_mm512_setzero_si512(), changed};
+    return (struct state_float_avx512){_mm512_setzero_si512(), _mm256_setzero_si256(), changed};
 }
 
 FN int unequal_float_avx512(__m512 a, __m512 b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ) != 0; }
 
 FN int needs_care_float_avx512(const struct state_float_avx512 *state, int dtype) {
-    return _mm512_reduce_max_epu32(state->highest) >= too_high(dtype);
+    const __m512i stored = _mm512_cvtepu16_epi32(state->stored);
+    const int is_infinite = dtype != F32 && _mm512_reduce_max_epu32(stored) >= (dtype == F16 ? 0x7c00u : 0x7f80u);
+    return is_infinite || _mm512_reduce_max_epu32(state->highest) >= too_high(dtype);
 }
 
 FN void add_float_avx512(struct sums_avx512 *sums, __m512 delta, __m512 old, __m512 now) {
@@ -102,7 +123,7 @@ FN void add_float_avx512(struct sums_avx512 *sums, __m512 delta, __m512 old, __m
 #define REAL double
 #define VEC __m512d
 #define LANES 8
-#define ROWS 6
+#define ROWS 4
 #define VECS 4
 #define v_zero _mm512_setzero_pd
 #define v_set1 _mm512_set1_pd
@@ -153,6 +174,14 @@ FN void store_double_avx512(void *at, __m512d values, int dtype, struct state_do
         const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
         _mm_storeu_si128(at, _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_add_epi32(bits, half), 16)));
     }
+}
+
+FN void watch_double_avx512(__m512d values, struct state_double_avx512 *state) { (void)values, (void)state; }
+
+/* No delta in float64 is rounded before it is added. */
+FN __m512d rounded_double_avx512(__m512d values, int dtype) {
+    (void)dtype;
+    return values;
 }
 
 FN struct state_double_avx512 begin_double_avx512(int changed) {

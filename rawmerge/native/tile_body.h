@@ -7,6 +7,8 @@
    v_zero v_set1 v_load v_store v_fma v_mul v_add v_sub
    NAME(load)(pointer, dtype)                  stored elements, widened exactly
    NAME(store)(pointer, vector, dtype, state)  rounded once and stored; the state remembers what may overflow
+   NAME(rounded)(vector, dtype)                rounded once, and widened again; what overflows becomes infinite
+   NAME(watch)(vector, state)                  remembers what storing may hide: the payload of a base's NaN may carry
    NAME(unequal)(vector, vector)               whether an element differs, NaN from everything
    NAME(state), NAME(begin)(changed)           what is remembered, and at first
    NAME(needs_care)(state, dtype)              whether the result is of no use
@@ -99,8 +101,9 @@ FN void NAME(block)(const struct tile *tile, const char *in, char *out, ptrdiff_
             const ptrdiff_t at = r * stride + v * LANES;
             VEC before = NAME(load)(in + at * in_size, in_dtype);
             VEC delta = v_mul(now.sum[r][v], scale);
-            if (tile->delta_dtype >= 0) delta = NAME(round)(delta, tile->delta_dtype, state);
+            if (tile->delta_dtype >= 0) delta = NAME(rounded)(delta, out_dtype);
             VEC after = v_add(before, delta);
+            if (in_dtype != out_dtype) NAME(watch)(after, state);
             if (is_sampled) {
                 v_store(line.before + v * LANES, before);
                 v_store(line.delta + v * LANES, v_sub(after, before));
