@@ -13,7 +13,7 @@ import torch
 from rawmerge.computing.blas_threads import BlasThreads
 from rawmerge.computing.calibration import find_block
 from rawmerge.native import PANEL, kernel
-from rawmerge.native.pair_kernel import PairKernel, pack_factor
+from rawmerge.native.pair_kernel import PairChain, PairKernel, pack_factor
 from rawmerge.native.recipe import Recipe
 from rawmerge.native.row_sums import MergedRows, RowSums
 from tests.builders import raw
@@ -366,41 +366,160 @@ def test_rows_whose_buffers_are_too_small_are_not_summed() -> None:
             compiled.measure(*sound, *(value if at == place else number for at, number in enumerate(numbers)))
 
 
-def test_buffers_that_are_too_small_are_refused() -> None:
-    recipe = make_recipe(8, 70, 3)
-    base, left, right = values(recipe)
-    sound = [view(base), view(torch.empty_like(base)), pack_factor(view(left), "F32", (8, 3))]
-    sound.append(pack_factor(view(right), "F32", (70, 3), is_right=True))
-    compiled = kernel()
-    assert compiled is not None
-    numbers: tuple[Any, ...] = (1.0, 0, 0, -1, False, True, 1)
-    assert compiled.merge(*sound, (8, 70, 3, 3), *numbers) == compiled.CHANGED
-    for place in range(4):
-        short = [buffer[:-1] if place == at else buffer for at, buffer in enumerate(sound)]
-        with pytest.raises(ValueError, match="too small"):
-            compiled.merge(*short, (8, 70, 3, 3), *numbers)
-    huge = 2**62
-    for sizes in ((-1, 70, 3, 3), (8, 70, 0, 3), (8, 70, 3, 0), (huge, 70, 3, 3), (8, huge, 3, 3), (8, 70, huge, 3)):
-        with pytest.raises(ValueError, match="too small"):
-            compiled.merge(*sound, sizes, *numbers)
+class KernelCall:
+    """A sound call of the compiled kernel, to be spoilt."""
+
+    def __init__(self) -> None:
+        recipe = make_recipe(8, 70, 3)
+        base, left, right = values(recipe)
+        self.stored, self.result = view(base), view(torch.empty_like(base))
+        self.left = pack_factor(view(left), "F32", (8, 3))
+        self.right = pack_factor(view(right), "F32", (70, 3), is_right=True)
+
+    def made(self, *pairs: dict[str, Any], **at: Any) -> int:
+        compiled = kernel()
+        assert compiled is not None
+        usual: dict[str, Any] = {"left": self.left, "right": self.right, "rank": 3, "block": 3, "scale": 1.0}
+        usual |= {"rounds": False, "sums": None}
+        whole: dict[str, Any] = {"stored": self.stored, "result": self.result}
+        whole |= {"pairs": tuple(tuple((usual | own).values()) for own in pairs), "sizes": (8, 70), "dtypes": (0, 0)}
+        whole |= {"double": False, "between": True, "finds": True, "level": 1, "sampled": (0, 0)}
+        found: int = compiled.merge(*(whole | at).values())
+        return found
+
+
+def test_buffers_that_are_too_small_for_a_tile_are_refused() -> None:
+    call, huge = KernelCall(), 2**62
+    assert call.made({}) == call.made({}, {}) == 1
+    wrong: list[dict[str, Any]] = [{"stored": call.stored[:-1]}, {"result": call.result[:-1]}, {"pairs": ()}]
+    wrong += [{"sizes": (-1, 70)}, {"sizes": (huge, 70)}, {"sizes": (8, huge)}]
+    wrong += [{"dtypes": (7, 0)}, {"dtypes": (0, -1)}, {"level": 9}, {"level": 0}]
+    for at in wrong:
+        with pytest.raises(ValueError, match="too small for the tile"):
+            call.made({}, **at)
+    wrong_pairs: list[object] = [[], (1,), tuple(range(7))]
+    for no_pair in wrong_pairs:
+        with pytest.raises(TypeError):
+            call.made(pairs=(no_pair,))
+    with pytest.raises(ValueError, match="too small"):
+        pack_factor(call.stored[:-1], "BF16", (8, 70))
+
+
+def test_buffers_that_are_too_small_for_a_pair_are_refused() -> None:
+    call, huge = KernelCall(), 2**62
+    wrong: list[dict[str, Any]] = [{"left": call.left[:-1]}, {"right": call.right[:-1]}]
+    wrong += [{"rank": 0}, {"block": 0}, {"rank": huge}, {"rank": -3}, {"rank": 4}]
+    for own in wrong:
+        for pairs in ([own], [own, {}], [{}, own]):
+            with pytest.raises(ValueError, match="too small for a pair"):
+                call.made(*pairs)
+    with pytest.raises(ValueError, match="too small for a pair"):
+        call.made({"rounds": True}, double=True)
+
+
+def test_sums_have_room_for_all_sampled_rows() -> None:
+    call, huge = KernelCall(), 2**62
     sums = torch.full((15,), -1.0, dtype=torch.float64)
-    room = view(sums)
-    assert compiled.merge(*sound, (8, 70, 3, 3), *numbers, room, 2, 4) == compiled.CHANGED
+    room, odd = view(sums), view(torch.zeros(16, dtype=torch.float64))[1:]
+    assert call.made({"sums": room}, sampled=(2, 4)) == 1
     assert (sums[:5] == -1).all()  # row 0 is not in a tile that begins with row 2
     assert (sums[5:] > -1).all()
-    for tally in ((room[:-1], 2, 4), (room, 9, 4), (room, 2, 3), (room, 2, -4), (room, -1, 4), (room, huge, 4)):
-        with pytest.raises(ValueError, match="too small"):
-            compiled.merge(*sound, (8, 70, 3, 3), *numbers, *tally)
-    for tally in ((room, 2, huge), (view(torch.zeros(16, dtype=torch.float64))[1:], 2, 4)):
-        with pytest.raises(ValueError, match="out of its range"):
-            compiled.merge(*sound, (8, 70, 3, 3), *numbers, *tally)
+    wrong: list[tuple[Any, tuple[int, int]]] = [(room[:-1], (2, 4)), (room, (9, 4)), (room, (2, 3)), (room, (2, -4))]
+    wrong += [(room, (-1, 4)), (room, (huge, 4)), (room, (2, huge)), (odd, (2, 4)), (room, (2, 0))]
+    for own, sampled in wrong:
+        for pairs in ([{"sums": own}], [{"sums": own}, {}], [{}, {"sums": own}]):
+            with pytest.raises(ValueError, match="out of its range"):
+                call.made(*pairs, sampled=sampled)
     with pytest.raises((TypeError, BufferError)):
-        compiled.merge(*sound, (8, 70, 3, 3), *numbers, bytes(120), 2, 4)
-    for wrong in ((1.0, 7, 0, -1, False, True, 1), (1.0, 0, 0, 1, False, True, 1), (1.0, 0, 0, -1, False, True, 9)):
-        with pytest.raises(ValueError, match="out of its range"):
-            compiled.merge(*sound, (8, 70, 3, 3), *wrong)
-    with pytest.raises(ValueError, match="too small"):
-        pack_factor(view(left)[:-1], "F32", (8, 3))
+        call.made({"sums": bytes(120)}, sampled=(2, 4))
+
+
+def chain_of(
+    recipe: Recipe, count: int, level: int, *, is_summed: bool
+) -> tuple[torch.Tensor, PairChain, list[torch.Tensor]]:
+    """Return a base, a chain, and its deltas in compute dtype; sums are exact, so that their order does not matter."""
+    base = (values(recipe)[0] * 8).round().to(DTYPES[recipe.stored]) / 8
+    compute, pairs, deltas = torch.float64 if recipe.is_double else torch.float32, [], []
+    for place in range(count):
+        _, left, right = values(recipe, seed=place)
+        left, right = (left * 4).round() / 4, (right * 8).round() / 64
+        left[min(place, recipe.rows - 1)] = 0
+        pairs.append(PairKernel(recipe, 2, 1.25 - place, *packed(recipe, left, right), level=level))
+        deltas.append((left.to(compute) @ right.to(compute).T) * (1.25 - place))
+    return base, PairChain(pairs, rounds_between=not is_summed), deltas
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("result", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("is_summed", [False, True])
+def test_several_pairs_in_one_pass_are_the_formula(
+    is_summed: bool, count: int, stored: str, result: str, is_double: bool, level: int
+) -> None:
+    for rows, columns, stride in ((29, 331, 3), (7, 64, 1), (1, 5, 1)):
+        recipe = make_recipe(rows, columns, 3, stored, result=result, is_double=is_double)
+        recipe = replace(recipe, rounds_delta=not is_double and not is_summed)
+        base, chain, deltas = chain_of(recipe, count, level, is_summed=is_summed)
+        compute = torch.float64 if is_double else torch.float32
+        expected, sums, now = [], [], base.to(compute)
+        for given in [torch.stack(deltas).sum(0)] if is_summed else deltas:
+            delta = given.to(DTYPES[result]).to(compute) if recipe.rounds_delta else given
+            after = now + delta
+            stored_after = after.to(DTYPES[result])
+            expected.append((now, after, stored_after))
+            sums.append(torch.full((-(-rows // stride), 5), float("nan"), dtype=torch.float64))
+            now = stored_after.to(compute)
+        found = torch.empty(base.shape, dtype=DTYPES[result])
+        tallies = [RowSums(own.view(-1).numpy().data, 0, stride) for own in sums]
+        flags = chain.merge(view(base), view(found), (0, rows), finds_changes=True, tallies=tallies)
+        changes = [not torch.equal(now, before.to(now.dtype)) for before, _, now in expected]
+        assert flags == (any(changes), False)
+        assert any(changes) == (rows > 1)
+        assert raw(found) == raw(expected[-1][2])
+        for own, (before, after, stored_after) in zip(sums, expected, strict=True):
+            old = before.to(DTYPES[result]).double()
+            delta, applied = (after - before).double(), stored_after.double() - old
+            wanted = [delta != 0, applied != 0, delta**2, applied**2, (applied - delta) ** 2]
+            whole = torch.stack([part.double().sum(1) for part in wanted], 1)[::stride]
+            torch.testing.assert_close(own, whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_double", [False, True])
+def test_one_pair_that_changes_something_is_enough(is_double: bool, level: int) -> None:
+    recipe = make_recipe(9, 70, 2, "F32", is_double=is_double)
+    base, left, right = torch.ones(9, 70), torch.zeros(9, 2), torch.ones(70, 2)
+    left[8, 1] = 1.0
+    factors = packed(recipe, left, right)
+    there, back = (PairKernel(recipe, 2, scaling, *factors, level=level) for scaling in (1.0, -1.0))
+    nothing = PairKernel(recipe, 2, 0.0, *factors, level=level)
+    cases = [((there, back), True, True), ((there, back), False, False), ((nothing, nothing), True, False)]
+    cases += [((nothing, there), True, True), ((there, nothing), True, True), ((nothing, there), False, True)]
+    for pairs, rounds_between, wanted in cases:
+        found = torch.empty_like(base)
+        chain = PairChain(pairs, rounds_between=rounds_between)
+        assert chain.merge(view(base), view(found), (0, 9), finds_changes=True) == (wanted, False)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("result", DTYPES)
+@pytest.mark.parametrize("is_summed", [False, True])
+def test_what_overflows_on_the_way_is_left_to_the_other_path(
+    is_summed: bool, result: str, is_double: bool, level: int
+) -> None:
+    recipe = make_recipe(9, 70, 2, result, is_double=is_double)
+    base, left, right = torch.ones(9, 70).to(DTYPES[result]), torch.zeros(9, 2), torch.ones(70, 2)
+    left[8, 1] = torch.finfo(DTYPES[result]).max
+    factors = packed(recipe, left, right)
+    there, back = (PairKernel(recipe, 2, scaling, *factors, level=level) for scaling in (2.0, -2.0))
+    found = torch.empty_like(base)
+    chain = PairChain((there, back), rounds_between=not is_summed)
+    _, needs_care = chain.merge(view(base), view(found), (0, 9), finds_changes=True)
+    # as a sum it is not infinite in float64, nor in float32 but where that is the result's dtype
+    assert needs_care == (not is_summed or (result != "F16" and not is_double))
 
 
 def test_in_place_has_the_same_bits() -> None:

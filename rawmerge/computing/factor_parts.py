@@ -35,8 +35,8 @@ def tile_height(recipe: Recipe, tile_elements: int) -> int:
     return max(1, most // max(recipe.columns, recipe.rank))
 
 
-def left_rows(pair: PlainPair, files: OpenFiles, rows: tuple[int, int], slots: Slots) -> memoryview:
-    """Return (first row, row count) of the left factor, packed in the thread's memory.
+def left_rows(pair: PlainPair, files: OpenFiles, rows: tuple[int, int], slots: Slots, slot: str = "left") -> memoryview:
+    """Return (first row, row count) of the left factor, packed in a slot of the thread's memory.
 
     Raises:
         InputChangedError: the file ended early; OSError: it cannot be read.
@@ -44,7 +44,7 @@ def left_rows(pair: PlainPair, files: OpenFiles, rows: tuple[int, int], slots: S
     recipe = pair.recipe
     layout = FactorLayout(rows[1], recipe.rank, pair.left.lies_transposed, is_double=recipe.is_double)
     stored = _read(pair.left, files, (recipe.rows, recipe.rank), rows, slots)
-    packed = slots.bytes("left", layout.packed_bytes)
+    packed = slots.bytes(slot, layout.packed_bytes)
     pack_into(packed, stored, pair.left.source.dtype, layout)
     return packed
 

@@ -11,7 +11,7 @@ from rawmerge.computing.survival import SurvivalTally
 from rawmerge.dtypes import DTYPES
 from rawmerge.engine.anonymous_memory import LARGE_FROM, anonymous_memory, large_memory, whole_pages
 from rawmerge.inputs.tensor_source import OpenFiles
-from rawmerge.native.pair_kernel import PairKernel
+from rawmerge.native.pair_kernel import PairChain, PairKernel
 from rawmerge.native.row_sums import RowSums
 
 #: What the other path makes of the same rows of the same tensor.
@@ -22,7 +22,7 @@ class PairScratch:
     """Buffers that one thread reuses for all its tiles, grown to the largest tile it meets."""
 
     def __init__(self) -> None:
-        self._buffers = dict.fromkeys(("stored", "result", "factor", "left"), memoryview(b""))
+        self._buffers: dict[str, memoryview] = {}
 
     def bytes(self, slot: str, byte_count: int) -> memoryview:
         """Return uninitialised memory, the same at every call with a slot."""
@@ -31,7 +31,7 @@ class PairScratch:
     def pages(self, slot: str, byte_count: int) -> memoryview:
         """Return the whole pages of that memory, at least as many as `byte_count` bytes take wherever they begin."""
         least = whole_pages(byte_count)
-        if len(self._buffers[slot]) < least:
+        if len(self._buffers.get(slot, b"")) < least:
             self._buffers[slot] = memoryview(b"")  # the smaller one goes first
             make = large_memory if byte_count >= LARGE_FROM else anonymous_memory
             self._buffers[slot] = make(least)
@@ -39,7 +39,7 @@ class PairScratch:
 
 
 class PairComputer:
-    """Merges the tiles of a tensor's plain pairs, one after the other, in any order, from any thread.
+    """Merges the tiles of a tensor's plain pairs, all of them in one pass, in any order, from any thread.
 
     Attributes:
         changed: whether an element is known to differ from what it was before.
@@ -98,29 +98,32 @@ class PairComputer:
         if self.row_bytes != row_bytes:
             pages = scratch.pages("result", row_count * self.row_bytes)
             result = pages[phase:][: row_count * self.row_bytes]
-        changed = False
-        for stage, factor in enumerate(right):
-            has_changed, needs_care = self._merge(stage, factor, (stored, result), (first_row, row_count), scratch)
-            if needs_care:
-                result[:] = self._careful(first_row, row_count)
-                return pages
-            stored, changed = result, changed or has_changed
+        changed, needs_care = self._merge(right, (stored, result), (first_row, row_count), scratch)
+        if needs_care:
+            result[:] = self._careful(first_row, row_count)
+            return pages
         self.changed = self.changed or changed
         return pages
 
     def _merge(
         self,
-        stage: int,
-        right: memoryview,
+        right: Sequence[memoryview],
         buffers: tuple[memoryview, memoryview],
         rows: tuple[int, int],
         scratch: PairScratch,
     ) -> tuple[bool, bool]:
-        """Merge one pair, from one buffer into the other, which may be the same; return as `PairKernel.merge`."""
-        pair, block = self._stages[stage]
-        kernel = PairKernel(pair.recipe, block, pair.scaling, left_rows(pair, self._files, rows, scratch), right)
-        sums = RowSums(self._tally.sums(stage), rows[0], self._tally.stride) if self._tally else None
-        return kernel.merge(*buffers, (0, rows[1]), finds_changes=not self.changed, tally=sums)
+        """Merge all pairs, from one buffer into the other, which may be the same; return as `PairChain.merge`."""
+        kernels = [
+            PairKernel(
+                pair.recipe, block, pair.scaling, left_rows(pair, self._files, rows, scratch, f"left{place}"), own
+            )
+            for place, ((pair, block), own) in enumerate(zip(self._stages, right, strict=True))
+        ]
+        is_summed, tally = self._stages[0][0].is_summed, self._tally
+        stages = range(1 if is_summed else len(kernels)) if tally else ()
+        sums = [RowSums(tally.sums(stage), rows[0], tally.stride) for stage in stages] if tally else ()
+        chain = PairChain(kernels, rounds_between=not is_summed)
+        return chain.merge(*buffers, (0, rows[1]), finds_changes=not self.changed, tallies=sums)
 
     def _prepared(self, scratch: PairScratch) -> list[memoryview]:
         with self._lock:

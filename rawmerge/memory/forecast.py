@@ -25,15 +25,13 @@ from rawmerge.engine.kept_ranges import JOB_BYTES, KeptRange, kept_ranges
 from rawmerge.engine.shard_writer import BUFFER_BYTES
 from rawmerge.engine.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS, block_elements
 from rawmerge.inputs.tensor_source import SCAN_BYTES, TensorSource
+from rawmerge.memory.plan_size import plan_bytes
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, UpdateTensor, matrix_of
 from rawmerge.methods.interface import ROWS, WHOLE
 from rawmerge.native.pair_kernel import FactorLayout
 
 #: Resident memory of Python 3.11 with all of rawmerge but torch, on Linux.
 PYTHON_BYTES: Final = 32 * 10**6
-#: What a planned tensor takes: one that is changed, with its updates and names, and one that is kept.
-CHANGED_BYTES: Final = 5500
-KEPT_BYTES: Final = 1200
 #: What importing torch 2.13 for the CPU adds, with its libraries' own buffers once they have multiplied.
 TORCH_BYTES: Final = 219 * 10**6
 #: What each thread takes on the torch path beside its tiles: libraries' own buffers and the allocator's pools. Measured
@@ -127,7 +125,7 @@ class MemoryForecaster:
         steps = list(plan.steps())
         changed = [step for step in steps if not isinstance(step, KeepTensor)]
         self._demands = [self._demand(step, paths) for step in changed]
-        self._python = PYTHON_BYTES + CHANGED_BYTES * len(changed) + KEPT_BYTES * (len(steps) - len(changed))
+        self._python = PYTHON_BYTES + plan_bytes(steps, len(plan.adapters))
         self._aside = _aside_bytes(plan, changed)
         self._copy_jobs = sum(map(_copy_jobs, plan.shards))
         self._largest = sorted(self._demands, key=lambda demand: -demand.held)
@@ -243,21 +241,20 @@ def _update_bytes(step: UpdateTensor | ReplaceTensor, is_double: bool) -> int:
 def _pair_bytes(pairs: Sequence[PlainPair], tile_elements: int) -> tuple[int, int]:
     """Return what one thread holds in the kernel's path, and of how many tiles.
 
-    That is a tile as stored and as written, and the largest left factor.
+    That is a tile as stored and as written, and the left factors' parts.
     """
     recipe = pairs[0].recipe
     rows = min(recipe.rows, *(tile_height(pair.recipe, tile_elements) for pair in pairs))
     stored, result = (_buffer_bytes(code, rows * recipe.columns) for code in (recipe.stored, recipe.result))
-    factors = max(_factor_bytes(pair, rows) for pair in pairs)
+    lefts = (FactorLayout(rows, pair.recipe.rank, is_double=recipe.is_double).packed_bytes for pair in pairs)
+    factors = sum(lefts) + max(_reading_bytes(pair, rows) for pair in pairs)
     return stored + (result if result != stored else 0) + factors, -(-recipe.rows // max(1, rows))
 
 
-def _factor_bytes(pair: PlainPair, rows: int) -> int:
-    """Return what a tile's part of a left factor takes, and reading it or the right one."""
-    recipe = pair.recipe
-    left = FactorLayout(rows, recipe.rank, is_double=recipe.is_double).packed_bytes
-    left_part = DTYPES[pair.left.source.dtype].byte_count(rows * recipe.rank)
-    return left + max(left_part, min(PART_BYTES, pair.right.source.byte_count))
+def _reading_bytes(pair: PlainPair, rows: int) -> int:
+    """Return what reading a tile's part of a left factor takes, or the right one."""
+    left_part = DTYPES[pair.left.source.dtype].byte_count(rows * pair.recipe.rank)
+    return max(left_part, min(PART_BYTES, pair.right.source.byte_count))
 
 
 def _buffer_bytes(code: str, elements: int) -> int:
@@ -280,6 +277,7 @@ def _tile_bytes(step: UpdateTensor | ReplaceTensor, tile_elements: int, is_doubl
     heights = [count for _, count in matrix.tiles(tile_elements)]
     elements = max(heights, default=0) * matrix.columns
     stored = DTYPES[step.source.dtype].byte_count(elements) + DTYPES[step.entry.dtype].byte_count(elements)
+    stored += DTYPES[step.held_dtype].byte_count(elements) if step.held_dtype else 0
     block = min(elements, block_elements(matrix.columns))
     is_double = is_double or "F64" in (step.source.dtype, step.entry.dtype)
     # a low product is computed whole, however many elements it has

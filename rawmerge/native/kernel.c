@@ -64,23 +64,17 @@ static int has_bytes(const Py_buffer *buffer, Py_ssize_t a, Py_ssize_t b, Py_ssi
 
 static Py_ssize_t panels(Py_ssize_t columns) { return columns / PANEL + (columns % PANEL != 0); }
 
-static int is_sound(const struct tile *tile, const Py_buffer *buffers, int is_double, int level) {
-    const Py_ssize_t real = is_double ? 8 : 4;
-    const Py_ssize_t panel_bytes = product(tile->rank, PANEL, real), left_bytes = product(tile->rank, real, 1);
+static int is_sound(const struct tile *tile, const Py_buffer *in, const Py_buffer *out, int level) {
     if (!is_dtype(tile->in_dtype) || !is_dtype(tile->out_dtype) || tile->rows < 0 || tile->columns < 0) return 0;
-    if (tile->rank < 1 || tile->block < 1 || panel_bytes < 0 || left_bytes < 0) return 0;
-    if (tile->delta_dtype != -1 && (is_double || tile->delta_dtype != tile->out_dtype)) return 0;
     if (level < 1 || level > instruction_level()) return 0;
-    if (buffers[0].buf == buffers[1].buf && dtype_size(tile->in_dtype) != dtype_size(tile->out_dtype)) return 0;
-    return has_bytes(&buffers[0], tile->rows, tile->columns, dtype_size(tile->in_dtype)) &&
-           has_bytes(&buffers[1], tile->rows, tile->columns, dtype_size(tile->out_dtype)) &&
-           has_bytes(&buffers[2], tile->rows, left_bytes, 1) &&
-           has_bytes(&buffers[3], panels(tile->columns), panel_bytes, 1);
+    if (in->buf == out->buf && dtype_size(tile->in_dtype) != dtype_size(tile->out_dtype)) return 0;
+    return has_bytes(in, tile->rows, tile->columns, dtype_size(tile->in_dtype)) &&
+           has_bytes(out, tile->rows, tile->columns, dtype_size(tile->out_dtype));
 }
 
 /* Whether the sums of all sampled rows have room, at an address that doubles may have. */
 static int has_sums(const struct tile *tile, const Py_buffer *sums) {
-    if (!tile->stride) return 1;
+    if (!tile->stride) return 0;
     if (tile->stride < 0 || tile->stride > PY_SSIZE_T_MAX / 4) return 0;
     if (tile->first < 0 || tile->rows > PY_SSIZE_T_MAX / 4 - tile->first) return 0;
     if (!sums->buf || (uintptr_t)sums->buf % sizeof(double)) return 0;
@@ -88,26 +82,90 @@ static int has_sums(const struct tile *tile, const Py_buffer *sums) {
     return has_bytes(sums, end / tile->stride + (end % tile->stride != 0), SUMS, sizeof(double));
 }
 
+/* A pair with the buffers that it lies in. */
+struct held {
+    struct pair pair;
+    Py_buffer left, right, sums;
+};
+
+static void let_go(struct held *held, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyBuffer_Release(&held[i].left);
+        PyBuffer_Release(&held[i].right);
+        PyBuffer_Release(&held[i].sums);
+    }
+}
+
+static int is_sound_pair(const struct tile *tile, const struct held *held, int is_double) {
+    const struct pair *pair = &held->pair;
+    const Py_ssize_t real = is_double ? 8 : 4;
+    const Py_ssize_t panel_bytes = product(pair->rank, PANEL, real), left_bytes = product(pair->rank, real, 1);
+    if (pair->rank < 1 || pair->block < 1 || panel_bytes < 0 || left_bytes < 0) return 0;
+    if (pair->rounds_delta && is_double) return 0;
+    if (pair->sums && !has_sums(tile, &held->sums)) return 0;
+    return has_bytes(&held->left, tile->rows, left_bytes, 1) &&
+           has_bytes(&held->right, panels(tile->columns), panel_bytes, 1);
+}
+
+/* Take a pair from (left, right, rank, block, scale, rounds_delta, sums or None). */
+static int take(PyObject *from, struct held *held) {
+    PyObject *sums = NULL;
+    if (!PyTuple_Check(from)) {
+        PyErr_SetString(PyExc_TypeError, "a pair is a tuple");
+        return 0;
+    }
+    if (!PyArg_ParseTuple(from, "y*y*nndpO", &held->left, &held->right, &held->pair.rank, &held->pair.block,
+                          &held->pair.scale, &held->pair.rounds_delta, &sums))
+        return 0;
+    if (sums != Py_None && PyObject_GetBuffer(sums, &held->sums, PyBUF_WRITABLE) < 0) return 0;
+    held->pair.left = held->left.buf, held->pair.right = held->right.buf, held->pair.sums = held->sums.buf;
+    return 1;
+}
+
+/* Merge with the pairs of a tuple; the flags, or -1 with an error set. */
+static int merge_pairs(struct tile *tile, PyObject *from, int is_double, int level, struct held *held) {
+    const Py_ssize_t count = tile->pair_count;
+    struct pair *pairs = PyMem_Calloc(count, sizeof *pairs);
+    int found = -1, is_whole = pairs != NULL;
+    for (Py_ssize_t i = 0; i < count && is_whole; i++) {
+        PyObject *item = PyTuple_GetItem(from, i);
+        is_whole = item && take(item, &held[i]);
+        if (is_whole && !is_sound_pair(tile, &held[i], is_double)) {
+            PyErr_SetString(PyExc_ValueError, "a buffer is too small for a pair, or a number is out of its range");
+            is_whole = 0;
+        }
+        pairs[i] = held[i].pair;
+    }
+    if (is_whole) {
+        tile->pairs = pairs;
+        Py_BEGIN_ALLOW_THREADS;
+        found = tile_merger(level, is_double)(tile);
+        Py_END_ALLOW_THREADS;
+    }
+    PyMem_Free(pairs);
+    return found;
+}
+
 static PyObject *merge(PyObject *self, PyObject *args) {
-    Py_buffer buffers[5] = {{0}};
+    Py_buffer in = {0}, out = {0};
     struct tile tile = {0};
+    PyObject *pairs;
     int is_double, level, found = -1;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*w*y*y*(nnnn)diiippi|w*nn", &buffers[0], &buffers[1], &buffers[2], &buffers[3],
-                          &tile.rows, &tile.columns, &tile.rank, &tile.block, &tile.scale, &tile.in_dtype,
-                          &tile.out_dtype, &tile.delta_dtype, &is_double, &tile.finds_changes, &level, &buffers[4],
-                          &tile.first, &tile.stride))
+    if (!PyArg_ParseTuple(args, "y*w*O!(nn)(ii)pppi(nn)", &in, &out, &PyTuple_Type, &pairs, &tile.rows, &tile.columns,
+                          &tile.in_dtype, &tile.out_dtype, &is_double, &tile.rounds_between, &tile.finds_changes,
+                          &level, &tile.first, &tile.stride))
         return NULL;
-    tile.in = buffers[0].buf, tile.out = buffers[1].buf, tile.left = buffers[2].buf, tile.right = buffers[3].buf;
-    tile.sums = buffers[4].buf;
-    if (is_sound(&tile, buffers, is_double, level) && has_sums(&tile, &buffers[4])) {
-        Py_BEGIN_ALLOW_THREADS;
-        found = tile_merger(level, is_double)(&tile);
-        Py_END_ALLOW_THREADS;
-    } else {
+    tile.in = in.buf, tile.out = out.buf, tile.pair_count = PyTuple_Size(pairs);
+    struct held *held = PyMem_Calloc(tile.pair_count, sizeof *held);
+    if (!held || !tile.pair_count || !is_sound(&tile, &in, &out, level))
         PyErr_SetString(PyExc_ValueError, "a buffer is too small for the tile, or a number is out of its range");
-    }
-    for (int i = 0; i < 5; i++) PyBuffer_Release(&buffers[i]);
+    else
+        found = merge_pairs(&tile, pairs, is_double, level, held);
+    if (held) let_go(held, tile.pair_count);
+    PyMem_Free(held);
+    PyBuffer_Release(&in);
+    PyBuffer_Release(&out);
     return found < 0 ? NULL : PyLong_FromLong(found);
 }
 
@@ -129,7 +187,8 @@ static PyObject *measure(PyObject *self, PyObject *args) {
                           &tile.columns, &tile.first, &tile.stride, &tile.in_dtype, &tile.out_dtype, &is_double,
                           &level))
         return NULL;
-    tile.in = buffers[0].buf, tile.out = buffers[2].buf, tile.sums = buffers[3].buf;
+    struct pair pair = {.sums = buffers[3].buf};
+    tile.in = buffers[0].buf, tile.out = buffers[2].buf, tile.pairs = &pair;
     const int is_sound_call = is_measurable(&tile, buffers, is_double, level);
     if (is_sound_call) {
         Py_BEGIN_ALLOW_THREADS;
@@ -240,9 +299,9 @@ static PyObject *pack(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"merge", merge, METH_VARARGS, "merge(in, out, left, right, (rows, columns, rank, block), scale, in_dtype, "
-                                   "out_dtype, delta_dtype, is_double, finds_changes, level, sums, first_row, stride) "
-                                   "-> flags; the last three may be left out"},
+    {"merge", merge, METH_VARARGS, "merge(in, out, ((left, right, rank, block, scale, rounds_delta, sums), ...), "
+                                   "(rows, columns), (in_dtype, out_dtype), is_double, rounds_between, finds_changes, "
+                                   "level, (first_row, stride)) -> flags"},
     {"measure", measure, METH_VARARGS, "measure(before, after, now, sums, (rows, columns), first_row, stride, in_dtype, "
                                        "out_dtype, is_double, level)"},
     {"pack", pack, METH_VARARGS, "pack(stored, packed, dtype, (outer, inner, outer_step, inner_step), is_right, "

@@ -1,9 +1,11 @@
-"""One plain pair ready for the compiled kernel: both factors packed, and the call that merges rows of a tile."""
+"""Plain pairs ready for the compiled kernel: both factors packed, and the call that merges rows of a tile."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from rawmerge.engine.anonymous_memory import anonymous_memory
 from rawmerge.native import DTYPE_CODES, PANEL, kernel
@@ -97,40 +99,79 @@ class PairKernel:
         finds_changes: bool,
         tally: RowSums | None = None,
     ) -> tuple[bool, bool]:
+        """Merge a tile of whole rows with this pair alone; all else as in `PairChain.merge`.
+
+        Args:
+            stored: the base's rows.
+            result: where the merged rows go.
+            rows: the first row's number in the left factor, and how many.
+            finds_changes: whether to look for a changed element.
+            tally: where the sums of sampled rows go.
+        """
+        tallies = [tally] if tally else ()
+        return PairChain((self,)).merge(stored, result, rows, finds_changes=finds_changes, tallies=tallies)
+
+    def argument(self, rows: tuple[int, int], sums: memoryview | None) -> tuple[Any, ...]:
+        """Return what the compiled kernel takes for this pair and some rows of its left factor."""
+        first, count = rows
+        row_bytes = self.recipe.rank * (8 if self.recipe.is_double else 4)
+        left = self.left[first * row_bytes : (first + count) * row_bytes]
+        return left, self.right, self.recipe.rank, self.block, self.scaling, self.recipe.rounds_delta, sums
+
+
+@dataclass(frozen=True, slots=True)
+class PairChain:
+    """Pairs on the same matrix that one pass merges, in this order.
+
+    Attributes:
+        pairs: one or more.
+        rounds_between: whether each pair meets values that are rounded to the result's dtype; else all are added up,
+            and the sum is rounded once.
+    """
+
+    pairs: Sequence[PairKernel]
+    rounds_between: bool = False
+
+    def merge(
+        self,
+        stored: memoryview,
+        result: memoryview,
+        rows: tuple[int, int],
+        *,
+        finds_changes: bool,
+        tallies: Sequence[RowSums] = (),
+    ) -> tuple[bool, bool]:
         """Merge a tile of whole rows; the interpreter lock is let go meanwhile.
 
         Args:
             stored: the base's rows.
             result: where the merged rows go; may be `stored` where both dtypes have the same size.
-            rows: the first row's number, and how many.
+            rows: the first row's number in the left factors, and how many.
             finds_changes: whether to look for a changed element; else it is taken for granted.
-            tally: where the sums of sampled rows go; of no use where the result is not.
+            tallies: where the sums of sampled rows go, of each pair where `rounds_between`, else of all pairs
+                together; none for nowhere. They are of no use where the result is not.
 
         Returns:
-            Whether an element has changed; and whether a value is not finite, overflowed or is subnormal, so that
-            the result is of no use.
+            Whether an element has changed, by any of the pairs where `rounds_between`; and whether a value is not
+            finite, overflowed or is subnormal, so that the result is of no use.
 
         Raises:
             ValueError: a buffer is too small.
         """
-        recipe, compiled = self.recipe, _compiled()
-        first, count = rows
-        row_bytes = recipe.rank * (8 if recipe.is_double else 4)
-        result_code = DTYPE_CODES[recipe.result]
+        recipe, compiled = self.pairs[0].recipe, _compiled()
+        # the sum of all is the last one's
+        sums = [*([None] * (len(self.pairs) - len(tallies))), *(tally.sums for tally in tallies)]
         found = compiled.merge(
             stored,
             result,
-            self.left[first * row_bytes : (first + count) * row_bytes],
-            self.right,
-            (count, recipe.columns, recipe.rank, self.block),
-            self.scaling,
-            DTYPE_CODES[recipe.stored],
-            result_code,
-            result_code if recipe.rounds_delta else -1,
+            tuple(pair.argument(rows, own) for pair, own in zip(self.pairs, sums, strict=True)),
+            (rows[1], recipe.columns),
+            (DTYPE_CODES[recipe.stored], DTYPE_CODES[recipe.result]),
             recipe.is_double,
+            self.rounds_between,
             finds_changes,
-            self.level or compiled.LEVEL,
-            *((tally.sums, tally.first_row, tally.stride) if tally else ()),
+            self.pairs[0].level or compiled.LEVEL,
+            (tallies[0].first_row, tallies[0].stride) if tallies else (0, 0),
         )
         return bool(found & compiled.CHANGED), bool(found & compiled.CARE)
 

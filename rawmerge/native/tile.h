@@ -18,20 +18,27 @@ enum dtype { BF16 = 0, F16 = 1, F32 = 2 };
    changes, D^2, (stored change)^2, (stored change - D)^2. */
 #define SUMS 5
 
-/* out = round(in + (left @ right) * scale), element by element:
+/* Two factors and their product's scale, `(left @ right) * scale`, element by element:
    the product is a chain of fused multiply-adds over k, in blocks of `block`, whose sums are added up in order. */
-struct tile {
-    const void *in;    /* (rows, columns), stored */
-    void *out;         /* (rows, columns); may be `in` where both have the same size of element */
+struct pair {
     const void *left;  /* (rows, rank), float or double */
     const void *right; /* (panels, rank, PANEL), float or double, padded with zeros */
-    ptrdiff_t rows, columns, rank, block;
+    ptrdiff_t rank, block;
     double scale;
+    int rounds_delta; /* whether the scaled product is rounded to out_dtype before it is added */
+    double *sums;     /* (sampled rows of the tensor, SUMS); row r is the r / stride-th, if stride divides it; or none */
+};
+
+/* out = round(in + pair + pair ...); or, with rounds_between, round(round(in + pair) + pair) and so on. */
+struct tile {
+    const void *in; /* (rows, columns), stored */
+    void *out;      /* (rows, columns); may be `in` where both have the same size of element */
+    const struct pair *pairs;
+    ptrdiff_t pair_count, rows, columns;
     int in_dtype, out_dtype;
-    int delta_dtype; /* dtype that the scaled product is rounded to before it is added; -1: none */
+    int rounds_between;      /* what is summed is then what one pair does; else what all do, and is the last one's */
     int finds_changes;
-    double *sums;             /* (sampled rows of the tensor, SUMS); row r is the r / stride-th, if stride divides it */
-    ptrdiff_t first, stride;  /* number of the tile's first row in the tensor; stride 0: no row is sampled */
+    ptrdiff_t first, stride; /* number of the tile's first row in the tensor; stride 0: no row is sampled */
 };
 
 typedef int merge_tile(const struct tile *);

@@ -86,7 +86,8 @@ FN void store_float_avx2(void *at, __m256 values, int dtype, struct state_float_
 /* Storing watches all that there is. */
 FN void watch_float_avx2(__m256 values, struct state_float_avx2 *state) { (void)values, (void)state; }
 
-FN __m256 rounded_float_avx2(__m256 values, int dtype) {
+FN __m256 rounded_float_avx2(__m256 values, int dtype, struct state_float_avx2 *state) {
+    (void)state;
     if (dtype == F32) return values;
     if (dtype == F16) return _mm256_cvtph_ps(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     const __m256i bits = _mm256_castps_si256(values);
@@ -178,10 +179,10 @@ FN void store_double_avx2(void *at, __m256d values, int dtype, struct state_doub
 
 FN void watch_double_avx2(__m256d values, struct state_double_avx2 *state) { (void)values, (void)state; }
 
-/* No delta in float64 is rounded before it is added. */
-FN __m256d rounded_double_avx2(__m256d values, int dtype) {
-    (void)dtype;
-    return values;
+FN __m256d rounded_double_avx2(__m256d values, int dtype, struct state_double_avx2 *state) {
+    char stored[32];
+    store_double_avx2(stored, values, dtype, state);
+    return load_double_avx2(stored, dtype);
 }
 
 FN struct state_double_avx2 begin_double_avx2(int changed) {

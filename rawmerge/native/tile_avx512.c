@@ -72,7 +72,8 @@ FN __m512i bfloat_avx512(__m512 values) {
     return _mm512_mask_add_epi32(half, is_odd, half, _mm512_set1_epi32(1));
 }
 
-FN __m512 rounded_float_avx512(__m512 values, int dtype) {
+FN __m512 rounded_float_avx512(__m512 values, int dtype, struct state_float_avx512 *state) {
+    (void)state;
     if (dtype == F32) return values;
     if (dtype == F16)
         return _mm512_cvtph_ps(_mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -178,10 +179,10 @@ FN void store_double_avx512(void *at, __m512d values, int dtype, struct state_do
 
 FN void watch_double_avx512(__m512d values, struct state_double_avx512 *state) { (void)values, (void)state; }
 
-/* No delta in float64 is rounded before it is added. */
-FN __m512d rounded_double_avx512(__m512d values, int dtype) {
-    (void)dtype;
-    return values;
+FN __m512d rounded_double_avx512(__m512d values, int dtype, struct state_double_avx512 *state) {
+    char stored[64];
+    store_double_avx512(stored, values, dtype, state);
+    return load_double_avx512(stored, dtype);
 }
 
 FN struct state_double_avx512 begin_double_avx512(int changed) {
