@@ -152,11 +152,15 @@ class UnfitValuesError(MergeError):
 class NonFiniteTensorError(UnfitValuesError):
     """A merged tensor holds inf or NaN where the base is finite."""
 
-    def __init__(self, tensor_name: str, storage_dtype: str) -> None:
-        hint = "the adapter may be broken, or the dtype too narrow; try --dtype float32"
-        found = "inf or NaN where the base is finite"
+    def __init__(
+        self,
+        tensor_name: str,
+        storage_dtype: str,
+        found: str = "inf or NaN where the base is finite",
+        hint: str = "the adapter may be broken, or the dtype too narrow; try --dtype float32",
+    ) -> None:
         super().__init__(tensor_name, f"finite values in {storage_dtype}", found, hint)
-        self.args = (tensor_name, storage_dtype)  # what makes it again, where it is unpickled
+        self.args = (tensor_name, storage_dtype, found, hint)  # what makes it again, where it is unpickled
         self.storage_dtype = storage_dtype
 
 

@@ -12,35 +12,15 @@ from math import prod
 from typing import Final, TypeAlias
 
 from rawmerge.engine.tiles import Matrix, Stretch, elementwise_shape, matrix_shape
+from rawmerge.formats.archive_layout import archive_layout
 from rawmerge.formats.shard_header import LENGTH_PREFIX, TensorEntry
+from rawmerge.formats.shard_names import is_pickle
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_options import MergeOptions
 from rawmerge.methods.interface import ROWS
 from rawmerge.methods.interface import Setting as Setting  # others take it from here
 from rawmerge.output.side_files import LeftOut, SideFile
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The part of a tensor that an update changes, in the tensor's matrix view, and where its delta begins.
-
-    Attributes:
-        row: first row; row_count: how many.
-        delta_row: which row of the delta goes to the first of them.
-        column: first column; column_step: distance between columns; column_count: how many, -1 for all to the end.
-    """
-
-    row: int
-    row_count: int
-    delta_row: int = 0
-    column: int = 0
-    column_step: int = 1
-    column_count: int = -1
-
-    def columns(self, count: int) -> slice:
-        """Return which of a matrix's `count` columns are changed."""
-        stop = count if self.column_count < 0 else min(count, self.column + self.column_count * self.column_step)
-        return slice(self.column, stop, self.column_step)
+from rawmerge.window import Window as Window  # others take it from here
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +84,8 @@ class UpdateTensor:
         cuts: rows of that view at which a product begins, beside those at which a window does.
         overlay: rows that stand in place of the source's first, such as a vocabulary smaller than the base's padded
             one; of any float dtype.
+        held_dtype: the dtype in which values are merged and rounded, before they are cast to the entry's; empty where
+            that is the same.
     """
 
     entry: TensorEntry
@@ -113,6 +95,7 @@ class UpdateTensor:
     columns: int = 0
     cuts: tuple[int, ...] = ()
     overlay: TensorSource | None = None
+    held_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +106,13 @@ class ReplaceTensor:
         entry: the tensor in the output.
         source: the adapter's tensor.
         base: the base's, which is not used; None for a tensor that the base lacks.
+        held_dtype: a dtype to which it is rounded before; empty for none.
     """
 
     entry: TensorEntry
     source: TensorSource
     base: TensorSource | None
+    held_dtype: str = ""
 
 
 def matrix_of(step: UpdateTensor | ReplaceTensor) -> Matrix:
@@ -160,7 +145,7 @@ Step: TypeAlias = KeepTensor | UpdateTensor | ReplaceTensor
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One output shard: its header, known before its first tensor, and its steps in file order."""
+    """One output shard, by its name a safetensors file or one of `torch.save`: its header as the former, its steps."""
 
     name: str
     header_text: str
@@ -168,13 +153,14 @@ class ShardPlan:
 
     @property
     def data_start(self) -> int:
-        """Offset in the file of the first tensor byte."""
+        """Offset of the first tensor byte in a safetensors file."""
         return LENGTH_PREFIX.size + len(self.header_text.encode())
 
     @property
     def byte_count(self) -> int:
         """Size of the whole file in bytes."""
-        return self.data_start + (self.steps[-1].entry.end if self.steps else 0)
+        own = self.data_start + (self.steps[-1].entry.end if self.steps else 0)
+        return archive_layout([step.entry for step in self.steps]).byte_count if is_pickle(self.name) else own
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,5 +280,4 @@ class MergePlan:
     def byte_count(self) -> int:
         """Bytes that the output takes, the merge record not counted."""
         small = sum(len(file.text.encode()) for file in self.written_files)
-        sides = sum(file.byte_count for file in self.side_files)
-        return small + sides + sum(shard.byte_count for shard in self.shards)
+        return small + sum(file.byte_count for file in self.side_files) + sum(shard.byte_count for shard in self.shards)

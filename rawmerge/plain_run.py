@@ -8,21 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from rawmerge.computing.survival import Survival
+from rawmerge.computing.losses import Losses
 from rawmerge.errors import NothingChangedError, quote
 from rawmerge.inputs.input_check import check_inputs
 from rawmerge.output.earlier_output import statuses
 from rawmerge.output.finished_shards import FinishedShards, choices_of, find_finished
 from rawmerge.output.manifest import MANIFEST_NAME
-from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, updated_names
+from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs
 from rawmerge.output.shard_journal import ShardJournal, read_earlier_run
 from rawmerge.output.shard_origins import ShardOrigins, remember_output
+from rawmerge.output.shard_outcome import updated_names
 from rawmerge.output.small_files import complete_record, write_small_files
 from rawmerge.output.staging_directory import StagingDirectory
 from rawmerge.run_request import RunRequest
 from rawmerge.shard_run import ShardRun
 
-_Outcome: TypeAlias = tuple[set[str], dict[str, Survival]]
+_Outcome: TypeAlias = tuple[set[str], Losses]
 
 
 def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
@@ -43,8 +44,8 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
         check_inputs(plan.base_files, plan.adapter_files)
         notes = _take_up(request, origins, staging)
         with request.with_manifest(staging.path) as listed:
-            changed, survivals = _write_files(listed, origins, staging)
-            complete_record(staging, survivals)
+            changed, losses = _write_files(listed, origins, staging)
+            complete_record(staging, losses)
             if listed.manifest:
                 staging.write_bytes(MANIFEST_NAME, listed.manifest.raw())
         if not (changed or has_other_tensors(plan) or _any_replacement_differs(request, staging.path)):
@@ -56,11 +57,11 @@ def write_output(request: RunRequest, origins: ShardOrigins) -> Written:
         staged = statuses(staging.path, (shard.name for shard in plan.shards if shard.name not in origins.links))
         request.signals.let_through()
         staging.publish(request.policy)
-        remember_output(request, origins, staged, changed, survivals)
+        remember_output(request, origins, staged, changed, losses)
         unchanged = [name for shard in plan.shards for name in updated_names(shard) if name not in changed]
     return Written(
         tuple(unchanged),
-        survivals,
+        losses,
         linked=len(origins.links),
         reused=len(origins.reused),
         resumed=len(origins.resumed),
@@ -105,7 +106,7 @@ def _left_notes(found: FinishedShards, staging: StagingDirectory, shard_count: i
 
 
 def _write_files(request: RunRequest, origins: ShardOrigins, staging: StagingDirectory) -> _Outcome:
-    """Write all files durably; return the updated tensors of which any element changed, and what is left of deltas."""
+    """Write all files durably; return the updated tensors of which any element changed, and what was lost."""
     # what reads the adapter for checksums is done while the shards wait for the disk
     works = [lambda: write_small_files(request.plan, staging, request.options.device)]
     if origins.identities:
@@ -131,7 +132,7 @@ def _write_shards(request: RunRequest, origins: ShardOrigins, folder: Path) -> _
         if shard.name in taken:
             run.skip(shard)
     run.make([shard for shard in shards if shard.name not in taken])
-    return run.changed | origins.changed_names(request.plan), origins.survivals() | run.survivals
+    return run.changed | origins.changed_names(request.plan), origins.losses() | run.losses
 
 
 def _any_replacement_differs(request: RunRequest, folder: Path) -> bool:

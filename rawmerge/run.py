@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Unpack
 
 from rawmerge.combination import update_problems
+from rawmerge.computing.cast_loss import CastLoss
 from rawmerge.computing.step_paths import StepPaths
 from rawmerge.computing.survival import Survival
 from rawmerge.consuming.consuming_run import check_consuming, consume_base, was_published
@@ -22,6 +23,7 @@ from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.memory.budget import choose_budget
 from rawmerge.memory.lack import lack_text, ran_out
 from rawmerge.memory.process_peak import start_meter
+from rawmerge.merge_options import BIN
 from rawmerge.merge_plan import MergePlan, UpdateTensor
 from rawmerge.methods import METHODS
 from rawmerge.output.finished_shards import finished_lines
@@ -50,6 +52,7 @@ class MergeSummary:
         counts: tensors by what became of them: `kept`, `updated`, `cast`, `replaced`, `added`.
         unchanged: updated tensors of which no element changed: the delta is smaller than the rounding.
         survivals: what rounding left of the delta of each updated tensor, by its name.
+        casts: what was taken from each tensor without updates in a cast to a dtype that lacks some of its values.
         byte_count: bytes of the output.
         written_bytes: of it, those that this run wrote: all but the shards that it linked, reused, or found finished.
         seconds: wall time of the run.
@@ -78,6 +81,7 @@ class MergeSummary:
     reused: int = 0
     resumed: int = 0
     consumed: int = 0
+    casts: Mapping[str, CastLoss] = field(default_factory=dict)
     predicted_peak_bytes: int | None = None
     measured_peak_bytes: int | None = field(default=None, compare=False)
 
@@ -133,11 +137,12 @@ def _summary(
         output=str(request.output),
         counts=count_steps(plan),
         unchanged=written.unchanged,
-        survivals=written.survivals,
+        survivals=written.losses.survivals,
+        casts=written.losses.casts,
         byte_count=plan.byte_count,
         written_bytes=plan.byte_count - written.spared_bytes,
         seconds=seconds,
-        notes=(*notes, *lost_notes(written.survivals, set(written.unchanged))),
+        notes=(*notes, *lost_notes(written.losses.survivals, set(written.unchanged))),
         verified=request.options.verify,
         linked=written.linked,
         reused=written.reused,
@@ -226,6 +231,9 @@ def _choice_problems(request: RunRequest) -> Iterator[Problem]:
             "to be the only one of --no-resume and --consume-base, for the base is gone in part once it is cut off"
         )
         yield Problem("--no-resume", expected, "both", "leave one out")
+    if options.link and request.plan.options.format == BIN:
+        expected = f"to be without --format {BIN}: a file of another format is no link to the base's"
+        yield Problem("--link", expected, "both", "leave one out")
     if options.verify and options.consume_base:
         expected = "to be the only one of --verify and --consume-base, for the base is gone by then"
         yield Problem("--verify", expected, "both", "leave one out")

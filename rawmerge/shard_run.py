@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -10,16 +10,19 @@ from pathlib import Path
 from threading import Semaphore
 from typing import Final, TypeAlias
 
-from rawmerge.computing.survival import Survival
+from rawmerge.computing.losses import Losses
+from rawmerge.engine.archived_shard import in_format
 from rawmerge.engine.engine import Engine
 from rawmerge.engine.jobs import Progress, ProgressCallback
+from rawmerge.engine.shard_target import ShardTarget
 from rawmerge.engine.shard_writer import OutputFile
+from rawmerge.formats.shard_names import is_pickle
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.run_request import RunRequest
 
 #: Shards that are open at a time: each takes two descriptors, of which a process may often have 1024.
 MOST_OPEN_SHARDS: Final = 128
-FinishedCallback: TypeAlias = Callable[[ShardPlan, Path, Collection[str], Mapping[str, Survival]], None]
+FinishedCallback: TypeAlias = Callable[[ShardPlan, Path, Collection[str], Losses], None]
 
 
 class ShardRun:
@@ -27,7 +30,7 @@ class ShardRun:
 
     Attributes:
         changed: names of the updated tensors of which at least one element differs from the base.
-        survivals: what rounding left of the delta of each.
+        losses: what rounding left of the delta of each, and what casts took from others.
     """
 
     def __init__(self, request: RunRequest, folder: Path, finished: FinishedCallback | None = None) -> None:
@@ -40,7 +43,7 @@ class ShardRun:
                 known, in a thread of the engine.
         """
         self.changed: set[str] = set()
-        self.survivals: dict[str, Survival] = {}
+        self.losses = Losses()
         self._compute_dtype = request.plan.options.compute_dtype
         self._options = request.options
         self._device = request.device
@@ -81,30 +84,31 @@ class ShardRun:
         with ExitStack() as opened:
             engine.run(self._open(shards, opened, engine), self._later_report(self._done_bytes))
         self.changed |= engine.changed
-        self.survivals |= engine.survivals
+        self.losses |= engine.losses
         self._done_bytes += sum(map(_tensor_bytes, shards))
 
     def _open(
         self, shards: Sequence[ShardPlan], opened: ExitStack, engine: Engine
-    ) -> Iterator[tuple[ShardPlan, OutputFile]]:
+    ) -> Iterator[tuple[ShardPlan, ShardTarget]]:
         uses = self._options.uses
         turn = write_turns(self._budget.threads) if self._budget and uses("write-turns") else None
         for shard in shards:
+            path = self._folder / shard.name
             file = OutputFile(
-                self._folder / shard.name,
+                path,
                 shard.byte_count,
                 preallocates=uses("preallocation"),
-                is_direct=uses("direct-io"),
+                is_direct=uses("direct-io") and not is_pickle(shard.name),  # which is read back for its checksums
                 turn=turn,
                 finished=partial(self._tell_finished, shard, engine),
             )
-            yield shard, opened.enter_context(file)
+            yield shard, in_format(opened.enter_context(file), path, shard)
 
     def _tell_finished(self, shard: ShardPlan, engine: Engine) -> None:
         if self._manifest:
             self._manifest.add(shard.name)
         if self._finished:
-            self._finished(shard, self._folder / shard.name, engine.changed, engine.survivals)
+            self._finished(shard, self._folder / shard.name, engine.changed, engine.losses)
 
     def _later_report(self, before: int) -> ProgressCallback:
         if not before:

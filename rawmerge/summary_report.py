@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from rawmerge.byte_sizes import format_bytes
 from rawmerge.errors import printable
+from rawmerge.output.cast_losses import CastLosses, cast_losses, cast_record
 from rawmerge.output.survivals import Surviving, surviving
 from rawmerge.report import some_names
 from rawmerge.run import MergeSummary
@@ -32,6 +33,7 @@ def summary_text(summary: MergeSummary) -> str:
     ]:
         lines.append(f"memory {', '.join(peaks)}")
     lines += _surviving_lines(surviving(summary.survivals), summary.unchanged)
+    lines += _cast_lines(cast_losses(summary.casts))
     return "\n".join(map(printable, lines))
 
 
@@ -49,6 +51,22 @@ def _surviving_lines(left: Surviving, unchanged: Sequence[str]) -> Iterator[str]
         )
 
 
+def _cast_lines(lost: CastLosses) -> Iterator[str]:
+    """Yield what casts took in all; nothing where none could take anything."""
+    if not lost.tensors:
+        return
+    cast, tensors = f"cast to {' or '.join(lost.dtypes)}", f"{lost.tensors} tensor{'s'[: lost.tensors != 1]}"
+    if not lost.rounded:
+        yield f"the {cast} changed none of {lost.elements:,} elements in {tensors}"
+        return
+    low = {"became 0": lost.zeroed, "became subnormal": lost.subnormal}
+    became = "".join(f", {count:,} {what}" for what, count in low.items() if count)
+    yield (
+        f"{lost.rounded:,} of {lost.elements:,} elements in {tensors} were rounded in the {cast}{became}; "
+        f"the largest relative error is {lost.largest}"
+    )
+
+
 def _speed_text(summary: MergeSummary) -> str:
     """Return what was written how fast; what was there already counts for nothing."""
     rate = format_bytes(int(summary.written_bytes / max(summary.seconds, 1e-9)))
@@ -62,4 +80,5 @@ def summary_json(summary: MergeSummary) -> str:
     """Return a summary as one JSON object."""
     fields = dataclasses.asdict(summary)
     del fields["survivals"]  # the record has them; there may be thousands
-    return json.dumps(fields | {"surviving": dataclasses.asdict(surviving(summary.survivals))})
+    fields |= {"surviving": dataclasses.asdict(surviving(summary.survivals)), "casts": cast_record(summary.casts)}
+    return json.dumps(fields)

@@ -174,6 +174,16 @@ def test_a_summary_is_one_json_object() -> None:
         "predicted_peak_bytes": None,
         "measured_peak_bytes": None,
         "surviving": {"tensors": 0, "changed": None, "norm": None, "lost": None, "much_lost": {}},
+        "casts": {
+            "tensors": 0,
+            "dtypes": [],
+            "elements": 0,
+            "rounded": 0,
+            "zeroed": 0,
+            "subnormal": 0,
+            "largest": 0.0,
+            "worst": [],
+        },
     }
 
 

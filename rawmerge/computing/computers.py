@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from rawmerge.byte_sizes import format_bytes
+from rawmerge.computing.cast_loss import CastTally
+from rawmerge.computing.cast_steps import loses_in_cast
 from rawmerge.computing.pair_computer import PairComputer, PairScratch
 from rawmerge.computing.shared_tensors import SharedTensors, count_uses
 from rawmerge.computing.step_paths import StepPaths
@@ -46,8 +48,8 @@ class StepComputer(Protocol):
         """Yield (first row, row count) of each tile."""
 
     @property
-    def tally(self) -> SurvivalTally | None:
-        """Where what is left of the delta goes, None where nobody asks or nothing is updated."""
+    def tally(self) -> SurvivalTally | CastTally | None:
+        """Where what is left of the delta goes, or what a cast takes; None where nobody asks or there is neither."""
 
     @property
     def is_placed(self) -> bool:
@@ -102,17 +104,21 @@ class Computers:
 
     def computer(self, step: UpdateTensor | ReplaceTensor) -> StepComputer:
         """Return a computer for `step`; nothing is read yet."""
-        by_torch = _TorchComputer(self, step, self._tally(step))
+        tally = self._tally(step)
+        by_torch = _TorchComputer(self, step, tally)
         if self._paths.needs_torch(step):
             return by_torch
         stages = [(pair, self._paths.block(pair) or 0) for pair in self._paths.pairs(step)]
-        computer = PairComputer(stages, self._files, by_torch.rows, by_torch.tally)
+        survival = tally if isinstance(tally, SurvivalTally) else None
+        computer = PairComputer(stages, self._files, by_torch.rows, survival)
         return _PairComputer(computer, by_torch, self)
 
-    def _tally(self, step: UpdateTensor | ReplaceTensor) -> SurvivalTally | None:
-        if not self._measures or isinstance(step, ReplaceTensor) or not step.updates:
+    def _tally(self, step: UpdateTensor | ReplaceTensor) -> SurvivalTally | CastTally | None:
+        if not self._measures:
             return None
         matrix = matrix_of(step)
+        if isinstance(step, ReplaceTensor) or not step.updates:
+            return CastTally(step.entry.dtype, matrix.rows) if loses_in_cast(step) else None
         return SurvivalTally(matrix.rows, matrix.columns, 1 + sum(at.kind == ROUNDING for at in step.updates))
 
     def restore(self) -> None:
@@ -120,12 +126,15 @@ class Computers:
         if self._blas_threads:
             self._blas_threads.restore()
 
-    def make(self, step: UpdateTensor | ReplaceTensor, tally: SurvivalTally | None) -> TensorComputer:
+    def make(self, step: UpdateTensor | ReplaceTensor, tally: SurvivalTally | CastTally | None) -> TensorComputer:
         """Return torch's computer of a step."""
+        from rawmerge.computing.cast_meter import CastMeter
         from rawmerge.computing.row_meter import RowMeter
         from rawmerge.computing.tile_computer import TensorComputer
 
-        meter = RowMeter(tally, is_compiled=self._paths.certificates is not None) if tally else None
+        meter: RowMeter | CastMeter | None = CastMeter(tally) if isinstance(tally, CastTally) else None
+        if isinstance(tally, SurvivalTally):
+            meter = RowMeter(tally, is_compiled=self._paths.certificates is not None)
         return TensorComputer(
             step, self._files, self._shared, self._blas(), self._compute_dtype, self._device, meter=meter
         )
@@ -193,7 +202,9 @@ class _PairComputer:
 class _TorchComputer:
     """torch's computer of a step, made when its first tile comes up."""
 
-    def __init__(self, computers: Computers, step: UpdateTensor | ReplaceTensor, tally: SurvivalTally | None) -> None:
+    def __init__(
+        self, computers: Computers, step: UpdateTensor | ReplaceTensor, tally: SurvivalTally | CastTally | None
+    ) -> None:
         matrix = matrix_of(step)
         self.tally = tally
         self.tiles = matrix.tiles

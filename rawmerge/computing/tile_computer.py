@@ -14,10 +14,14 @@ from math import prod
 import torch
 
 from rawmerge.combination import combination_of
+from rawmerge.computing.base_rows import BaseRows, stored_dtypes
 from rawmerge.computing.blas_threads import BlasThreads
+from rawmerge.computing.cast_meter import CastMeter
 from rawmerge.computing.device_tiles import updates_on
 from rawmerge.computing.devices import Device, Lane
 from rawmerge.computing.large_factors import left_role
+from rawmerge.computing.last_cast import LastCast
+from rawmerge.computing.overflow import Overflow, beyond
 from rawmerge.computing.prepared_combination import prepare_combination
 from rawmerge.computing.rounding import differs, make_nans_canonical, may_overflow, newly_non_finite, round_into
 from rawmerge.computing.row_meter import RowMeter
@@ -30,8 +34,8 @@ from rawmerge.computing.tensor_reading import torch_dtype as torch_dtype
 from rawmerge.computing.tile_scratch import TileScratch as TileScratch  # the engine and tests take it from here
 from rawmerge.computing.windowed_update import WindowedUpdate as WindowedUpdate
 from rawmerge.engine.tiles import BLOCK_ELEMENTS, tile_rows
-from rawmerge.errors import NonFiniteTensorError, UnfitValuesError
-from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
+from rawmerge.errors import UnfitValuesError
+from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.merge_plan import COMBINATION, ROUNDING, SUMMED, ReplaceTensor, Update, UpdateTensor, Window, matrix_of
 from rawmerge.methods import METHODS
 from rawmerge.methods.interface import WHOLE, PreparedUpdate, TileContext
@@ -55,7 +59,7 @@ class TensorComputer:
         compute_dtype: str,
         device: Device | None = None,
         *,
-        meter: RowMeter | None = None,
+        meter: RowMeter | CastMeter | None = None,
     ) -> None:
         """Make the computer of a step; nothing is read yet.
 
@@ -66,34 +70,40 @@ class TensorComputer:
             blas: the merge's thread count.
             compute_dtype: `float32` or `float64`.
             device: where updates are computed if they can be, None for the CPU.
-            meter: measures what is left of the delta, None for nobody.
+            meter: measures what is left of the delta, or counts what a cast takes; None for nobody.
         """
         self.step = step
         self.changed = isinstance(step, ReplaceTensor)
         self._matrix = matrix_of(step)
-        self._meter = meter
+        self._meter = meter if isinstance(meter, RowMeter) else None
+        self._casts = meter if isinstance(meter, CastMeter) else None
         self._files = files
         self._shared = shared
         self._blas = blas
-        self._source_dtype = torch_dtype(step.source.dtype)
-        self._output_dtype = torch_dtype(step.entry.dtype)
-        base_dtype = torch_dtype(step.base_dtype) if isinstance(step, UpdateTensor) else self._source_dtype
-        is_double = compute_dtype == "float64" or torch.float64 in (base_dtype, self._output_dtype)
+        source_dtype = torch_dtype(step.source.dtype)
+        self._last = LastCast(step)
+        self._output_dtype = self._last.held_dtype
+        base_dtype = torch_dtype(step.base_dtype) if isinstance(step, UpdateTensor) else source_dtype
+        updates = step.updates if isinstance(step, UpdateTensor) else ()
+        # what is only cast is rounded once, from its own dtype
+        sources = () if updates else stored_dtypes(step)
+        is_double = compute_dtype == "float64" or torch.float64 in (base_dtype, self._output_dtype, *sources)
         self._base_dtype = base_dtype
         # PEFT, too, computes in float64 where the base is: it gives adapter tensors the base's dtype
         self._tile_dtype = torch.float64 if is_double else torch.float32
         # PEFT rounds some things to the base's dtype on the way; where it has no say, that would only lose precision
         is_peft = base_dtype == self._output_dtype and compute_dtype == "float32"
         self._is_double = compute_dtype == "float64"
-        self._rounding_dtype = base_dtype if is_peft else None
-        updates = step.updates if isinstance(step, UpdateTensor) else ()
+        self._rounding_dtype = base_dtype if is_peft and updates else None
+        self._rows = BaseRows(step, files, self._rounding_dtype, self._tile_dtype)
         kinds = [update.kind for update in updates if update.kind != ROUNDING]
         # float64 is rounded once only if it is rounded at all: results stored so are the CPU's own
-        place = None if self._output_dtype == torch.float64 else device
-        stored = (self._source_dtype, base_dtype, self._output_dtype)
+        place = None if self._output_dtype == torch.float64 or step.held_dtype else device
+        stored = (source_dtype, base_dtype, self._output_dtype)
         self._there = updates_on(place, kinds, self._tile_dtype, stored)
         self._lock = threading.Lock()
         self._prepared: tuple[PreparedUpdate, ...] | None = None
+        self._overflow: Overflow | None = None
 
     def compute(
         self, first_row: int, row_count: int, scratch: TileScratch, measured: range | None = None
@@ -124,7 +134,7 @@ class TensorComputer:
         """Return a finished tile of one stretch, computed on the CPU."""
         first_row, row_count = rows.start, len(rows)
         shape = (row_count, self._matrix.columns)
-        before = self._read_tile(first_row, shape, scratch)
+        before = self._rows.read(first_row, shape, scratch)
         result = scratch.tensor("result", shape, self._output_dtype)
         stretch = self._matrix.stretch_at(first_row)
         own = stages(updates[place] for place in stretch.updates)
@@ -142,14 +152,16 @@ class TensorComputer:
                 self._check(rounded, tile, block)
                 if self._meter and applied:
                     self._meter.measure(first_row + first, (block, tile, rounded), measured, scratch, stage)
-        return result
+            if self._casts:
+                self._casts.measure(tile, self._last.apply(rounded, scratch), scratch)
+        return self._last.apply(result, scratch)
 
     def _compute_there(
         self, first_row: int, row_count: int, lane: Lane, updates: Sequence[PreparedUpdate], elements: int
     ) -> torch.Tensor:
         """Return the same, computed on a device, so many elements at a time; it lies in the CPU's memory."""
         shape = (row_count, self._matrix.columns)
-        before = self._read_tile(first_row, shape, lane.host)
+        before = self._rows.read(first_row, shape, lane.host)
         result = lane.host.tensor("result", shape, self._output_dtype)
         own = stages(updates[place] for place in self._matrix.stretch_at(first_row).updates)
         sampled = self._meter.count(first_row, row_count) if self._meter and own[0][1] else 0
@@ -186,42 +198,29 @@ class TensorComputer:
             update.apply(tile, first_row, scratch)
         return tile
 
-    def _read_tile(self, first_row: int, shape: tuple[int, int], scratch: TileScratch) -> torch.Tensor:
-        """Return the rows as they are before the updates, in the dtype in which PEFT would hold them."""
-        overlay = self.step.overlay if isinstance(self.step, UpdateTensor) else None
-        overlay_rows = prod(overlay.shape) // shape[1] - first_row if overlay else 0
-        if overlay is None or overlay_rows <= 0:
-            stored = self._read_rows(self.step.source, first_row, shape, scratch)
-            if self._rounding_dtype in (None, self._source_dtype):
-                return stored
-            rounded = scratch.tensor("before", shape, self._rounding_dtype)
-            round_into(rounded, stored)
-            return rounded
-        before = scratch.tensor("before", shape, self._rounding_dtype or self._tile_dtype)
-        upper = min(overlay_rows, shape[0])
-        round_into(before[:upper], self._read_rows(overlay, first_row, (upper, shape[1]), scratch))
-        lower = shape[0] - upper, shape[1]
-        round_into(before[upper:], self._read_rows(self.step.source, first_row + upper, lower, scratch))
-        return before
-
-    def _read_rows(
-        self, source: TensorSource, first_row: int, shape: tuple[int, int], scratch: TileScratch
-    ) -> torch.Tensor:
-        """Return rows of a stored tensor, in its own dtype; they stay valid until the thread's next read."""
-        stored = scratch.tensor("stored", shape, torch_dtype(source.dtype))
-        offset = source.offset + first_row * shape[1] * stored.itemsize
-        self._files.read_into(source.path, offset, as_bytes(stored))
-        return stored
-
     def _check(self, result: torch.Tensor, tile: torch.Tensor, before: torch.Tensor) -> None:
+        has_updates = isinstance(self.step, UpdateTensor) and self.step.updates
         if may_overflow(tile, self._output_dtype):
             if newly_non_finite(result, before):
-                raise NonFiniteTensorError(self.step.entry.name, self.step.entry.dtype)
+                if has_updates:  # to compute all others first may take long
+                    raise beyond(tile, result, before).error(self.step.entry, is_whole=False)
+                raise self._overflow_of_all().error(self.step.entry, is_whole=True)
             make_nans_canonical(result)
-        has_updates = isinstance(self.step, UpdateTensor) and self.step.updates
         # a tensor of NaNs counts as changed: it is no evidence of a lost delta
         if not self.changed and has_updates and differs(result, before, tile.dtype):
             self.changed = True  # never back to False: another thread's tile may have changed meanwhile
+
+    def _overflow_of_all(self) -> Overflow:
+        """Return what overflows of a tensor that is only cast, in all of its tiles."""
+        with self._lock:
+            if self._overflow is None:
+                self._overflow, scratch = Overflow(), TileScratch()
+                for first, count in self._matrix.tiles(BLOCK_ELEMENTS):
+                    before = self._rows.read(first, (count, self._matrix.columns), scratch)
+                    result = torch.empty(before.shape, dtype=self._output_dtype)
+                    round_into(result, before)
+                    self._overflow += beyond(before, result)
+            return self._overflow
 
     def _updates(self) -> tuple[PreparedUpdate, ...]:
         with self._lock:
@@ -293,7 +292,7 @@ class TensorComputer:
             if start >= stop:
                 continue
             tile = scratch.tensor("tile", (count, columns), self._tile_dtype)
-            tile.copy_(self._read_tile(first, (count, columns), scratch))
+            tile.copy_(self._rows.read(first, (count, columns), scratch))
             for place, update in earlier:
                 if place in self._matrix.stretch_at(first).updates:
                     update.apply(tile, first, scratch)

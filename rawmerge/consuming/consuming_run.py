@@ -29,8 +29,9 @@ from rawmerge.errors import NothingChangedError, OutputError, ProblemCollector, 
 from rawmerge.inputs.input_check import check_inputs
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.output.manifest import MANIFEST_NAME
-from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs, shard_outcome, updated_names
+from rawmerge.output.outcome import Written, has_other_tensors, replacement_differs
 from rawmerge.output.output_directory import check_space, long_names
+from rawmerge.output.shard_outcome import shard_outcome, updated_names
 from rawmerge.output.small_files import complete_record, write_small_files
 from rawmerge.output.staging_directory import (
     StagingDirectory,
@@ -219,7 +220,7 @@ class _ConsumingRun:
             self._write_shards(ShardRun(listed, self._folder.staged))
             if not self._has_changed:
                 raise NothingChangedError
-            complete_record(self._staging, self.journal.survivals)
+            complete_record(self._staging, self.journal.losses)
             if listed.manifest:
                 (self._folder.staged / MANIFEST_NAME).unlink(missing_ok=True)  # of a run that was cut off here
                 self._staging.write_bytes(MANIFEST_NAME, listed.manifest.raw())
@@ -242,9 +243,9 @@ class _ConsumingRun:
         unchanged = [name for shard in self._plan.shards for name in self.journal.finished[shard.name]]
         deleted = len(self.journal.deleted)
         left = f"{quote(self._plan.base_root)} is no checkpoint any more: {_count(deleted)} deleted"
-        survivals = self.journal.survivals
+        losses = self.journal.losses
         return Written(
-            tuple(unchanged), survivals, consumed=deleted, spared_bytes=self._spared_bytes, notes=(*self._notes, left)
+            tuple(unchanged), losses, consumed=deleted, spared_bytes=self._spared_bytes, notes=(*self._notes, left)
         )
 
     @property
@@ -271,10 +272,10 @@ class _ConsumingRun:
     def _make(self, shard: ShardPlan, run: ShardRun) -> None:
         run.make([shard])
         self._staging.sync()
-        unchanged, survivals = shard_outcome(shard, run.changed, run.survivals)
+        unchanged, losses = shard_outcome(shard, run.changed, run.losses)
         # now, for the base's tensors that were replaced may be gone later
         changes = len(unchanged) < len(updated_names(shard)) or replacement_differs(shard, self._folder.staged)
-        self.journal.finish(shard.name, unchanged, survivals, changes=changes)
+        self.journal.finish(shard.name, unchanged, losses, changes=changes)
 
     def _give_way(self, shard: ShardPlan) -> None:
         """Delete the base shards that nothing reads any more, now that `shard` is durable."""

@@ -15,12 +15,19 @@ from rawmerge.adapter_source import AdapterSource
 from rawmerge.consuming.plan_difference import as_resolved
 from rawmerge.errors import Problem, RefusedError, quote
 from rawmerge.formats.config_text import CONFIG_NAME
-from rawmerge.formats.shard_names import SINGLE_NAME, output_name
-from rawmerge.formats.weight_map import INDEX_NAME, MAX_INDEX_BYTES, parse_weight_map
+from rawmerge.formats.shard_names import PICKLE_NAME, SINGLE_NAME, output_name
+from rawmerge.formats.weight_map import (
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    PICKLE_INDEX_NAME,
+    PICKLE_SUFFIX,
+    SHARD_SUFFIX,
+    parse_weight_map,
+)
 from rawmerge.inputs.adapter import Adapter, read_adapter
 from rawmerge.inputs.identity import RECORD_NAME, merged_adapters, read_record
 from rawmerge.inputs.tensor_source import read_small_file
-from rawmerge.merge_options import MergeOptions
+from rawmerge.merge_options import BIN, MergeOptions
 from rawmerge.output.record import RECORD_FORMAT, options_record
 
 
@@ -93,17 +100,17 @@ def _consumed_shards(record: Mapping[str, Any], base: Path) -> int:
 def _is_whole(record: Mapping[str, Any], output: Path, options: MergeOptions) -> bool:
     """Whether the output has all its shards: the base's names, or those that it was given anew."""
     names = {output_name(str(shard["name"])) for shard in record["base"]["shards"]}
-    if options.max_shard_size:
-        names = _indexed(output) or {SINGLE_NAME}
+    if options.max_shard_size or options.format == BIN:
+        names = _indexed(output) or {PICKLE_NAME if options.format == BIN else SINGLE_NAME}
     return all((output / name).is_file() for name in names)
 
 
 def _indexed(folder: Path) -> set[str]:
     """Return the shards that a folder's index names; none without an index."""
-    path = folder / INDEX_NAME
-    if not path.is_file():
-        return set()
-    return set(parse_weight_map(read_small_file(path, MAX_INDEX_BYTES), str(path)).shard_names)
+    for name, suffix in ((INDEX_NAME, SHARD_SUFFIX), (PICKLE_INDEX_NAME, PICKLE_SUFFIX)):
+        if (path := folder / name).is_file():
+            return set(parse_weight_map(read_small_file(path, MAX_INDEX_BYTES), str(path), suffix).shard_names)
+    return set()
 
 
 def _sha256(raw: bytes) -> str:

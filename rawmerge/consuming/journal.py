@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rawmerge.computing.survival import Survival
+from rawmerge.computing.losses import Losses
 from rawmerge.errors import OutputError, Problem, RefusedError
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.inputs.file_status import FileStatus
 from rawmerge.inputs.tensor_source import read_small_file
 from rawmerge.merge_plan import MergePlan
+from rawmerge.output.loss_fields import loss_fields, parse_losses
 from rawmerge.output.staging_directory import sync_directory
-from rawmerge.output.survivals import parse_survivals, survival_fields
 from rawmerge.plan_json import format_plan, parse_plan
 
 FORMAT: Final = "rawmerge-journal-2"
@@ -55,7 +55,7 @@ class Journal:
         beginning: what the merge was when it began.
         is_prepared: all files but the shards are durable.
         finished: durable output shard to its updated tensors of which no element differs from the base.
-        survivals: what rounding left of the deltas of their updated tensors.
+        losses: what rounding left of the deltas of their updated tensors, and what casts took from others.
         has_changed: a tensor of a finished shard differs from the base's.
         deleted: base shard to the output shard after which it was deleted, or was about to be.
         is_complete: only publishing is left.
@@ -66,7 +66,7 @@ class Journal:
     beginning: Beginning
     is_prepared: bool = False
     finished: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    survivals: dict[str, Survival] = field(default_factory=dict)
+    losses: Losses = field(default_factory=Losses)
     has_changed: bool = False
     deleted: dict[str, str] = field(default_factory=dict)
     is_complete: bool = False
@@ -89,12 +89,10 @@ class Journal:
         """Note that all files but the shards are durable."""
         self._note({"prepared": True})
 
-    def finish(
-        self, shard_name: str, unchanged: tuple[str, ...], survivals: Mapping[str, Survival], *, changes: bool
-    ) -> None:
+    def finish(self, shard_name: str, unchanged: tuple[str, ...], losses: Losses, *, changes: bool) -> None:
         """Note that an output shard is durable, and whether it differs from the base."""
-        fields = survival_fields(survivals)
-        self._note({"finished": shard_name, "unchanged": unchanged, "survivals": fields, "changes": changes})
+        line = {"finished": shard_name, "unchanged": unchanged, "changes": changes}
+        self._note(line | loss_fields(losses))
 
     def delete(self, base_path: str, shard_name: str) -> None:
         """Note that a base shard is about to be deleted, now that an output shard has taken its place."""
@@ -112,7 +110,7 @@ class Journal:
         """Take over what a line says; KeyError or TypeError: it is none of this journal's."""
         if "finished" in line:
             self.finished[line["finished"]] = tuple(line["unchanged"])
-            self.survivals |= parse_survivals(line["survivals"])
+            self.losses |= parse_losses(line)
             self.has_changed |= line["changes"]
         elif "deleted" in line:
             self.deleted[line["deleted"]] = line["after"]

@@ -19,6 +19,8 @@ _NAMES: Final = {
     "vocab": "--vocab",
     "tokenizer": "--tokenizer",
     "max_shard_size": "--max-shard-size",
+    "format": "--format",
+    "like": "--like",
     "force": "--force",
     "card": "the model card",
     "base_root": "BASE",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -10,11 +9,11 @@ from typing import Final
 from rawmerge._version import __version__
 from rawmerge.consuming.consumption import Consumption, plan_consumption
 from rawmerge.consuming.journal import Beginning, Journal
-from rawmerge.errors import OutputError, Problem, RawmergeError, RefusedError
+from rawmerge.errors import OutputError, Problem, RawmergeError
 from rawmerge.inputs.file_status import FileStatus, file_status
-from rawmerge.inputs.tensor_source import read_shard_file
 from rawmerge.merge_plan import MergePlan, ShardPlan
 from rawmerge.output.record import file_sha256
+from rawmerge.output.shard_file import is_shard_file
 from rawmerge.run_options import RunOptions
 from rawmerge.versions import installed_version
 
@@ -114,11 +113,5 @@ def _missing_base(journal: Journal, hint: str) -> Iterator[Problem]:
 def _damaged_shards(shards: Iterable[ShardPlan], staged: Path, hint: str) -> Iterator[Problem]:
     for shard in shards:
         path = staged / shard.name
-        try:
-            found = read_shard_file(path)
-            digest = hashlib.sha256(shard.header_text.encode()).hexdigest()
-            is_whole = (found.size, found.digest) == (shard.byte_count, digest)
-        except RefusedError:
-            is_whole = False
-        if not is_whole:
+        if not is_shard_file(path, shard):
             yield Problem(str(path), "the shard as it was written", "another file, or none", hint)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from rawmerge.computing.cast_loss import CastLoss
 from rawmerge.computing.computers import Computers, StepComputer
+from rawmerge.computing.losses import Losses
 from rawmerge.computing.step_paths import StepPaths
 from rawmerge.computing.survival import Survival
 from rawmerge.engine.anonymous_memory import PAGE_BYTES
@@ -35,6 +37,8 @@ class Engine:
     Attributes:
         changed: names of the updated tensors of which at least one element differs from the base.
         survivals: what the rounding left of each updated tensor's delta, by its name; empty unless that is measured.
+        casts: what was taken from each tensor in a cast that may lose something; empty unless that is measured.
+        losses: these two together.
     """
 
     def __init__(  # noqa: PLR0913  # the last four come from as many owners, and have defaults
@@ -52,6 +56,8 @@ class Engine:
         budget = budget or MemoryBudget(options.threads or default_threads(), tile_elements)
         self.changed: set[str] = set()
         self.survivals: dict[str, Survival] = {}
+        self.casts: dict[str, CastLoss] = {}
+        self.losses = Losses(self.survivals, self.casts)
         self._options = options
         self._threads = budget.threads
         self._total_bytes = total_bytes
@@ -195,8 +201,11 @@ class Engine:
             self._behind.read_rows(self._files, step.source, rows, step.entry.byte_count // computer.row_bytes)
             if computer.changed:
                 self.changed.add(step.entry.name)
-            if computer.tally and (survival := computer.tally.finish(rows[1])):
-                self.survivals[step.entry.name] = survival
+            loss = computer.tally.finish(rows[1]) if computer.tally else None
+            if isinstance(loss, CastLoss):
+                self.casts[step.entry.name] = loss
+            elif loss:
+                self.survivals[step.entry.name] = loss
 
         return call
 

@@ -51,7 +51,9 @@ class KeptRange:
 
 def is_copied(step: Step) -> bool:
     """Whether a step's bytes go to the output as they are."""
-    return isinstance(step, KeepTensor) or (isinstance(step, ReplaceTensor) and step.source.dtype == step.entry.dtype)
+    return isinstance(step, KeepTensor) or (
+        isinstance(step, ReplaceTensor) and step.source.dtype == step.entry.dtype and not step.held_dtype
+    )
 
 
 def kept_ranges(steps: Iterable[Step]) -> Iterator[KeptRange | Step]:

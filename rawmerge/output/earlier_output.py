@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rawmerge.computing.survival import Survival
+from rawmerge.computing.losses import Losses
 from rawmerge.errors import RefusedError
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.inputs.file_status import FileStatus, file_status
 from rawmerge.inputs.tensor_source import read_small_file
-from rawmerge.output.survivals import parse_survivals, survival_fields
+from rawmerge.output.loss_fields import loss_fields, parse_losses
 from rawmerge.user_cache import cache_folder, replace_text
 
-FORMAT: Final = "rawmerge-output-2"
+FORMAT: Final = "rawmerge-output-3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,13 @@ class MadeShard:
         identity: what it was made from and how, of `rawmerge.output.shard_identity`.
         status: the file's.
         unchanged: its updated tensors of which no element differs from the base.
-        survivals: what rounding left of the deltas of its updated tensors.
+        losses: what rounding left of the deltas of its updated tensors, and what casts took from others.
     """
 
     identity: str
     status: FileStatus
     unchanged: tuple[str, ...]
-    survivals: Mapping[str, Survival]
+    losses: Losses
 
 
 def reusable_shards(output: Path, identities: Mapping[str, str], made: Mapping[str, MadeShard]) -> dict[str, MadeShard]:
@@ -125,8 +125,8 @@ def has_new_mode(path: Path, folder: Path) -> bool:
 
 def made_fields(made: MadeShard) -> dict[str, Any]:
     """Return what is remembered of a shard as JSON."""
-    survivals = survival_fields(made.survivals)
-    return {"identity": made.identity, "status": made.status, "unchanged": made.unchanged, "survivals": survivals}
+    known = {"identity": made.identity, "status": made.status, "unchanged": made.unchanged}
+    return known | loss_fields(made.losses)
 
 
 def parse_made(fields: Any) -> MadeShard:
@@ -138,4 +138,4 @@ def parse_made(fields: Any) -> MadeShard:
     status = FileStatus(*fields["status"])
     if not all(type(value) is int for value in status) or not all(type(name) is str for name in fields["unchanged"]):
         raise TypeError("numbers and names were expected")
-    return MadeShard(fields["identity"], status, tuple(fields["unchanged"]), parse_survivals(fields["survivals"]))
+    return MadeShard(fields["identity"], status, tuple(fields["unchanged"]), parse_losses(fields))

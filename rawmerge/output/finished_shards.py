@@ -8,7 +8,6 @@ writing.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -16,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rawmerge._version import __version__
+from rawmerge.engine.archived_shard import in_format
 from rawmerge.engine.engine import Engine
-from rawmerge.errors import RefusedError, printable, quote
+from rawmerge.errors import printable, quote
 from rawmerge.inputs.file_status import file_status
-from rawmerge.inputs.tensor_source import read_shard_file
 from rawmerge.merge_plan import ShardPlan
 from rawmerge.output.earlier_output import MadeShard, is_as_made
-from rawmerge.output.outcome import shard_outcome, updated_names
 from rawmerge.output.record import options_record
 from rawmerge.output.same_shard import SameShard
+from rawmerge.output.shard_file import is_shard_file
 from rawmerge.output.shard_identity import ShardIdentities
 from rawmerge.output.shard_journal import EarlierRun, boot_id, read_earlier_run
+from rawmerge.output.shard_outcome import measured_names, shard_outcome
 from rawmerge.output.staging_directory import STAGED_NAME, hidden_beside
 from rawmerge.run_request import RunRequest
 from rawmerge.versions import installed_version
@@ -115,10 +115,9 @@ def _is_whole(path: Path, shard: ShardPlan) -> bool:
     try:
         if path.is_symlink() or path.stat().st_nlink != 1:
             return False
-        found = read_shard_file(path)
-    except (OSError, RefusedError):
+        return is_shard_file(path, shard)
+    except OSError:
         return False
-    return (found.size, found.digest) == (shard.byte_count, hashlib.sha256(shard.header_text.encode()).hexdigest())
 
 
 def _untouched_shards(
@@ -131,7 +130,7 @@ def _untouched_shards(
         shard.name: noted[shard.name]
         for shard in shards
         if shard.name in noted
-        and set(noted[shard.name].survivals) == set(updated_names(shard))
+        and noted[shard.name].losses.names == set(measured_names(shard))
         and noted[shard.name].identity == digests[shard.name]
         and is_as_made(staged / shard.name, noted[shard.name].status)
         and identities.is_sure(shard.name)
@@ -184,13 +183,14 @@ def _equal_shards(
         targets = [SameShard(staged / shard.name) for shard in shards]
         for target in targets:
             opened.callback(target.close)
-        engine.run(zip(shards, targets, strict=True), request.report_to_end)
+        formed = [in_format(target, staged / shard.name, shard) for shard, target in zip(shards, targets, strict=True)]
+        engine.run(zip(shards, formed, strict=True), request.report_to_end)
     digests = identities.of_all()
     return {
         shard.name: MadeShard(
             digests[shard.name],
             file_status(staged / shard.name),
-            *shard_outcome(shard, engine.changed, engine.survivals),
+            *shard_outcome(shard, engine.changed, engine.losses),
         )
         for shard, target in zip(shards, targets, strict=True)
         if target.is_same

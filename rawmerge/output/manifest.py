@@ -68,17 +68,18 @@ def file_digest(path: Path) -> str:
 
 
 def parse_manifest(raw: bytes) -> dict[str, str]:
-    """Return file name to digest.
+    """Return file name to digest; comments are passed over, and names begin in the folder, with `./` or without.
 
     Raises:
         ValueError: a line is none of `sha256sum`'s, a name twice, or one that leads out of the folder.
     """
     digests: dict[str, str] = {}
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line:
+    for number, given in enumerate(raw.split(b"\n"), 1):
+        line = given.removesuffix(b"\r")  # lines may end as Windows ends them
+        if not line or line.startswith(b"#"):
             continue
         match = _LINE.fullmatch(line)
-        name = _unescaped(match["name"], is_escaped=bool(match["escape"])) if match else ""
+        name = _plain(_unescaped(match["name"], is_escaped=bool(match["escape"]))) if match else ""
         if match is None or name in digests or not _is_inside(name):
             raise ValueError(f"line {number}")
         digests[name] = match["digest"].decode().lower()
@@ -169,6 +170,13 @@ def _unescaped(raw: bytes, *, is_escaped: bool) -> str:
     if is_escaped:
         raw = re.sub(rb"\\[\\nr]", lambda match: _ESCAPES[match[0]], raw)
     return os.fsdecode(raw)
+
+
+def _plain(name: str) -> str:
+    """Return a relative path without the `./` that `find` and `sha256sum ./*` put in front."""
+    *folders, last = name.split("/")
+    is_absolute = name.startswith("/")
+    return name if is_absolute else "/".join([*(part for part in folders if part not in {"", "."}), last])
 
 
 def _is_inside(name: str) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from operator import eq
 from pathlib import Path
 
-from rawmerge.computing.survival import Survival
+from rawmerge.computing.losses import Losses
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, UpdateTensor
+from rawmerge.output.shard_file import first_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Written:
 
     Attributes:
         unchanged: updated tensors of which no element changed.
-        survivals: what rounding left of the delta of each updated tensor.
+        losses: what rounding left of the delta of each updated tensor, and what casts took from others.
         linked: shards that are links to the base's; reused: those taken from the replaced output; resumed: those that
             a merge that was cut off had finished; consumed: base shards that were deleted.
         spared_bytes: of shards that this run did not write: links, reused, or finished by an earlier run.
@@ -27,7 +27,7 @@ class Written:
     """
 
     unchanged: tuple[str, ...]
-    survivals: Mapping[str, Survival] = field(default_factory=dict)
+    losses: Losses = field(default_factory=Losses)
     linked: int = 0
     reused: int = 0
     resumed: int = 0
@@ -54,26 +54,6 @@ def count_steps(plan: MergePlan) -> dict[str, int]:
     return dict(counts)
 
 
-def updated_names(shard: ShardPlan) -> tuple[str, ...]:
-    """Return the shard's tensors that are updated, in file order."""
-    return tuple(step.entry.name for step in shard.steps if isinstance(step, UpdateTensor) and step.updates)
-
-
-def shard_outcome(
-    shard: ShardPlan, changed: Collection[str], survivals: Mapping[str, Survival]
-) -> tuple[tuple[str, ...], dict[str, Survival]]:
-    """Return the updated tensors of a shard that did not change, and what rounding left of the others' deltas.
-
-    Args:
-        shard: the plan of the shard.
-        changed: updated tensors, of any shard, of which at least one element differs from the base.
-        survivals: what was measured, of any shard.
-    """
-    names = updated_names(shard)
-    unchanged = tuple(name for name in names if name not in changed)
-    return unchanged, {name: survivals[name] for name in names if name in survivals}
-
-
 def has_other_tensors(plan: MergePlan) -> bool:
     """Whether the output has rows laid over the base's, or copies of its layers, whatever their values."""
     steps = list(plan.steps())
@@ -93,11 +73,11 @@ def replacement_differs(shard: ShardPlan, folder: Path) -> bool:
         InputChangedError: a file is shorter than planned; OSError: it cannot be read.
     """
     with OpenFiles() as files:
-        for step in shard.steps:
+        for step, start in zip(shard.steps, first_bytes(shard), strict=True):
             if isinstance(step, ReplaceTensor):
                 if step.base is None or step.entry.shape != step.base.shape:
                     return True
-                written = replace(step.base, path=str(folder / shard.name), offset=shard.data_start + step.entry.start)
+                written = replace(step.base, path=str(folder / shard.name), offset=start)
                 is_cast = step.entry.dtype != step.base.dtype
                 if is_cast or not all(map(eq, files.chunks(written), files.chunks(step.base))):
                     return True

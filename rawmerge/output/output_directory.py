@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from rawmerge.byte_sizes import format_bytes
-from rawmerge.errors import OutputError, Problem
+from rawmerge.errors import OutputError, Problem, quote
 from rawmerge.inputs.hub_cache import is_in_hub_cache
 
 _MARGIN_BYTES: Final = 2**20  # directories, block ends and the record
@@ -75,7 +75,8 @@ def nearest_folder(output: Path) -> Path:
 def _unwritable(output: Path) -> Iterable[Problem]:
     folder = nearest_folder(output)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        yield Problem(str(folder), "a directory that can be written", "one that cannot")
+        hint = "choose an output elsewhere, or let this user write there"
+        yield Problem(str(folder), "a directory that can be written", "one that cannot", hint)
     yield from long_names(folder, output.parts)
 
 
@@ -89,7 +90,8 @@ def long_names(folder: Path, names: Iterable[str]) -> Iterable[Problem]:
 
 def _existing(output: Path, policy: OutputPolicy) -> Iterable[Problem]:
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        yield Problem(str(output), "a directory, or nothing yet", "a file or a link")
+        hint = "choose another output, or move it away"
+        yield Problem(str(output), "a directory, or nothing yet", "a file or a link", hint)
     elif output.exists() and not policy.overwrite:
         yield Problem(str(output), "nothing there yet", "a directory", "--overwrite (overwrite=True) replaces it")
     elif output.exists() and not looks_like_checkpoint(output, policy.record_name):
@@ -100,7 +102,8 @@ def _existing(output: Path, policy: OutputPolicy) -> Iterable[Problem]:
 def _overlaps(output: Path, policy: OutputPolicy) -> Iterable[Problem]:
     target, base = Path(os.path.realpath(output)), Path(os.path.realpath(policy.base_root))
     if target.is_relative_to(base):
-        yield Problem(str(output), "an output apart from the base", f"one in {base}")
+        hint = f"choose a folder beside it, such as {quote(base.parent / f'{base.name}-merged')}"
+        yield Problem(str(output), "an output apart from the base", f"one in {base}", hint)
         return
     if is_in_hub_cache(output):
         found, hint = f"one at {target}, which other programs share", "choose a folder of your own"
@@ -109,7 +112,8 @@ def _overlaps(output: Path, policy: OutputPolicy) -> Iterable[Problem]:
     for path in policy.input_files:  # shards may be links into the output
         source = Path(os.path.realpath(path))
         if source.is_relative_to(target):
-            yield Problem(str(output), "an output apart from the inputs", f"one that holds {source}")
+            hint = "choose another output: what stands there is replaced whole"
+            yield Problem(str(output), "an output apart from the inputs", f"one that holds {source}", hint)
             return
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rawmerge._version import __version__
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
-from rawmerge.merge_options import COMBINING, SERIAL, MergeOptions
+from rawmerge.merge_options import COMBINING, SAFETENSORS, SERIAL, MergeOptions
 from rawmerge.merge_plan import AdapterInput, AdapterUse, InputFile, MergePlan
 from rawmerge.versions import installed_version
 
@@ -92,6 +92,8 @@ def options_record(options: MergeOptions) -> dict[str, str | int | float]:
     several: dict[str, str | int | float] = {"order": options.order} if options.order != SERIAL else {}
     several |= {"replaced_by": options.replaced_by} if options.replaced_by else {}
     several |= {"max_shard_size": options.max_shard_size} if options.max_shard_size else {}
+    several |= {"format": options.format} if options.format != SAFETENSORS else {}
+    several |= {"like": options.like} if options.like else {}
     several |= {name: getattr(options, name) for name in COMBINING if getattr(options, name) != getattr(_USUAL, name)}
     return several | {
         "compute_dtype": options.compute_dtype,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
-from rawmerge.computing.survival import Survival
+from rawmerge.computing.losses import Losses
 from rawmerge.inputs.file_status import FileStatus, file_status
 from rawmerge.merge_plan import MergePlan, ShardPlan
 from rawmerge.output.earlier_output import (
@@ -19,9 +21,9 @@ from rawmerge.output.earlier_output import (
     take_shard,
 )
 from rawmerge.output.linking import link_shard
-from rawmerge.output.outcome import shard_outcome, updated_names
 from rawmerge.output.shard_identity import ShardIdentities
 from rawmerge.output.shard_journal import ShardJournal
+from rawmerge.output.shard_outcome import shard_outcome, updated_names
 from rawmerge.output.untouched_shards import untouched_shards
 from rawmerge.run_request import RunRequest
 
@@ -56,9 +58,7 @@ class ShardOrigins:
         """Output shards that are not made."""
         return {*self.links, *self.reused, *self.resumed}
 
-    def note_finished(
-        self, shard: ShardPlan, path: Path, changed: Collection[str], survivals: Mapping[str, Survival]
-    ) -> None:
+    def note_finished(self, shard: ShardPlan, path: Path, changed: Collection[str], losses: Losses) -> None:
         """Note a shard that is durable, if it is sure what it was made from.
 
         Raises:
@@ -68,7 +68,7 @@ class ShardOrigins:
             return
         digest = self.identities.of_all()[shard.name]
         if self.identities.is_sure(shard.name):
-            outcome = shard_outcome(shard, changed, survivals)
+            outcome = shard_outcome(shard, changed, losses)
             self.journal.note(shard.name, MadeShard(digest, file_status(path), *outcome))
 
     def take(self, output: Path, folder: Path) -> None:
@@ -91,10 +91,10 @@ class ShardOrigins:
         shards = [shard for shard in plan.shards if shard.name in made]
         return {name for shard in shards for name in updated_names(shard) if name not in made[shard.name].unchanged}
 
-    def survivals(self) -> dict[str, Survival]:
-        """Return what rounding left of the deltas of shards that were made before."""
+    def losses(self) -> Losses:
+        """Return what was lost of the tensors of shards that were made before."""
         made = self.reused | self.resumed
-        return {name: item for shard in made.values() for name, item in shard.survivals.items()}
+        return reduce(or_, (shard.losses for shard in made.values()), Losses())
 
 
 def find_origins(request: RunRequest) -> ShardOrigins:
@@ -123,7 +123,7 @@ def remember_output(
     origins: ShardOrigins,
     staged: Mapping[str, FileStatus],
     changed: Collection[str],
-    survivals: Mapping[str, Survival],
+    losses: Losses,
 ) -> None:
     """Remember the shards of a published output, for a merge that will replace it.
 
@@ -132,7 +132,7 @@ def remember_output(
         origins: how its shards came to be.
         staged: shard name to its file's status before it was published; one that was touched since is forgotten.
         changed: updated tensors of which an element differs from the base.
-        survivals: what rounding left of the delta of each updated tensor.
+        losses: what rounding left of the delta of each updated tensor, and what casts took from others.
     """
     identities = origins.identities
     if identities is None:
@@ -140,7 +140,7 @@ def remember_output(
     digests, changed_inputs = identities.of_all(), identities.changed_files()
     published = statuses(request.output, staged)
     made = {
-        shard.name: MadeShard(digests[shard.name], published[shard.name], *shard_outcome(shard, changed, survivals))
+        shard.name: MadeShard(digests[shard.name], published[shard.name], *shard_outcome(shard, changed, losses))
         for shard in request.plan.shards
         if shard.name in published
         and published[shard.name].has_same_content(staged[shard.name])

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
-from rawmerge.computing.survival import Survival
+from rawmerge.computing.losses import Losses
 from rawmerge.engine.shard_writer import OutputFile
 from rawmerge.errors import InputChangedError, quote
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.merge_plan import MergePlan
+from rawmerge.output.loss_fields import loss_records
 from rawmerge.output.outcome import count_steps
 from rawmerge.output.record import format_record, record_text
 from rawmerge.output.staging_directory import StagingDirectory
-from rawmerge.output.survivals import survival_records
 
 
 def write_small_files(plan: MergePlan, staging: StagingDirectory, device: str = "cpu") -> None:
@@ -30,14 +29,14 @@ def write_small_files(plan: MergePlan, staging: StagingDirectory, device: str = 
     staging.write_text(RECORD_NAME, record_text(plan, count_steps(plan), device))
 
 
-def complete_record(staging: StagingDirectory, survivals: Mapping[str, Survival]) -> None:
-    """Add to the record, durably, what rounding left of the deltas, which is known when the shards are made.
+def complete_record(staging: StagingDirectory, losses: Losses) -> None:
+    """Add to the record, durably, what was lost in rounding, which is known when the shards are made.
 
     Raises:
         OSError: it cannot be written.
     """
     record = json.loads((staging.path / RECORD_NAME).read_text())
-    staging.replace_text(RECORD_NAME, format_record(record | {"surviving": survival_records(survivals)}))
+    staging.replace_text(RECORD_NAME, format_record(record | loss_records(losses)))
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:

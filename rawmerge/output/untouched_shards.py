@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+from rawmerge.formats.shard_names import is_pickle
 from rawmerge.merge_plan import InputFile, KeepTensor, MergePlan, ShardPlan
 
 
@@ -19,7 +20,7 @@ def _twin(shard: ShardPlan, files: Mapping[str, InputFile]) -> str:
     """Return the path of the base file that the shard equals; an empty string where there is none."""
     paths = {step.source.path if isinstance(step, KeepTensor) else "" for step in shard.steps}
     file = files.get(paths.pop()) if len(paths) == 1 else None
-    if file is None or file.byte_count != shard.byte_count:
+    if file is None or file.byte_count != shard.byte_count or is_pickle(shard.name):
         return ""
     digest = hashlib.sha256(shard.header_text.encode()).hexdigest()
     start = shard.data_start
