@@ -19,6 +19,9 @@ from rawmerge.inputs.tensor_source import read_small_file
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, Step, UpdateTensor
 
 _LAYER: Final = re.compile(r"(?:language_model\.)?model\.(?:language_model\.)?layers\.(\d{1,9})\.")
+_FLOAT32: Final = (
+    "float32 is kept; where there is a GPU, LLaMA-Factory writes bfloat16 or float16 (infer_dtype: bfloat16)"
+)
 _PREDICTOR: Final = re.compile(r"(^|\.)(mtp|mtp_block|nextn)(\.|$)")
 
 
@@ -33,6 +36,9 @@ def llamafactory_differences(plan: MergePlan) -> Iterator[str]:
     """
     path = Path(plan.base_root) / CONFIG_NAME
     config = parse_model_config(read_small_file(path), str(path)) if path.is_file() else ModelConfig("", {})
+    if plan.options.like:
+        yield from _float32_difference(plan, config.stated_dtype)
+        return
     yield from _dtype_differences(plan, config.stated_dtype)
     layers = next((count for _, at in config.text_sides() if type(count := at.get("num_hidden_layers")) is int), None)
     names = [step.entry.name for step in plan.steps() if _is_unknown(step.entry.name, layers)]
@@ -49,7 +55,7 @@ def _dtype_differences(plan: MergePlan, stated: str) -> Iterator[str]:
         if rounded & {"BF16", "F16"} - {OUTPUT_DTYPES[asked]}:
             yield f"each merged value is rounded once, to {asked}; LLaMA-Factory rounds it to the base's dtype first"
     elif stated == "float32":
-        yield "float32 is kept; where there is a GPU, LLaMA-Factory writes bfloat16 or float16 (infer_dtype: bfloat16)"
+        yield _FLOAT32
     elif stated in OUTPUT_DTYPES:
         others = sum(_is_other_float(_base_dtype(step), OUTPUT_DTYPES[stated]) for step in plan.steps())
         if others:
@@ -57,6 +63,12 @@ def _dtype_differences(plan: MergePlan, stated: str) -> Iterator[str]:
                 f"not cast: {others} of the tensors, in a float dtype of their own; LLaMA-Factory casts all to {stated}"
                 f", as `infer_dtype={stated}` does here"
             )
+
+
+def _float32_difference(plan: MergePlan, stated: str) -> Iterator[str]:
+    """Yield that a float32 base stays one: the dtype that is asked for is not told from the config's."""
+    if plan.options.dtype == stated == "float32":
+        yield _FLOAT32
 
 
 def _base_dtype(step: Step) -> str:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
+
+from rawmerge.byte_sizes import size_text
 
 SERIAL = "serial"
+LIKE: Final = "llamafactory"
+#: What LLaMA-Factory takes where its file does not say.
+SHARD_BYTES: Final = 5 * 10**9
+KEPT_SHARDS: Final = "export_size is not given: shards stay those of the base (LLaMA-Factory cuts them at 5 GB)"
+SAFETENSORS = "safetensors"
+LEGACY_FORMAT: Final = (
+    "export_legacy_format: pytorch_model.bin is written, as by transformers 4; version 5 ignores the key, and writes "
+    "safetensors"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +31,8 @@ class ExportJob:
         output: the directory to make.
         dtype: `float32`, `bfloat16` or `float16` for all float tensors; None for each tensor's own.
         max_shard_size: largest shard in bytes, None for the base's shards.
+        format: what the shards are: `safetensors`, or `bin` for files of `torch.save`.
+        like: `llamafactory` for the tensors that it would save with the installed transformers; empty for the base's.
         order: `serial`: each adapter is added to the rounded result of the one before.
         device: where updates are computed.
         tokenizer: whose tokenizer the output gets, `base` or `adapter`.
@@ -36,6 +50,8 @@ class ExportJob:
     output: str
     dtype: str | None = None
     max_shard_size: int | None = None
+    format: str = SAFETENSORS
+    like: str = ""
     order: str = SERIAL
     device: str = "cpu"
     tokenizer: str = "base"
@@ -46,12 +62,23 @@ class ExportJob:
     added_tokens_by: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def as_llamafactory(self) -> ExportJob:
+        """Return the job whose weights are, byte for byte, those that LLaMA-Factory's export would save."""
+        told = (KEPT_SHARDS, LEGACY_FORMAT)
+        notes = [note for note in self.notes if note not in told]
+        if self.format != SAFETENSORS:
+            notes.append("export_legacy_format: ignored, as transformers 5 does; safetensors are written")
+        size = self.max_shard_size or SHARD_BYTES
+        return replace(self, like=LIKE, format=SAFETENSORS, max_shard_size=size, notes=tuple(notes))
+
     def command(self, *, overwrite: bool = False) -> str:
         """Return the plain merge, as a line for a shell; it makes all but what only an export writes."""
         words = ["rawmerge", "merge", *map(_path, (self.base, *self.adapters)), "--output", self.output]
         words += ["--order", self.order] if len(self.adapters) > 1 else []
         words += ["--dtype", self.dtype] if self.dtype else []
+        words += ["--like", self.like] if self.like else []
         words += ["--max-shard-size", size_text(self.max_shard_size)] if self.max_shard_size else []
+        words += ["--format", self.format] if self.format != SAFETENSORS else []
         words += ["--tokenizer", self.tokenizer] if self.tokenizer != "base" else []
         words += ["--device", self.device] if self.device != "cpu" else []
         words += ["--overwrite"] if overwrite else []
@@ -60,8 +87,3 @@ class ExportJob:
 
 def _path(name: str) -> str:
     return f"./{name}" if name.startswith("-") else name
-
-
-def size_text(byte_count: int) -> str:
-    """Return a size as the command line takes it back: in GB where it is whole ones."""
-    return f"{byte_count // 10**9}GB" if byte_count % 10**9 == 0 else f"{byte_count}B"

@@ -12,7 +12,7 @@ from rawmerge.adapter_source import split_weight
 from rawmerge.api import plan_merge
 from rawmerge.engine.jobs import ProgressCallback
 from rawmerge.errors import PlanError, Problem, quote
-from rawmerge.exporting.chat_templates import CHAT_TEMPLATES
+from rawmerge.exporting.chat_templates import chat_templates
 from rawmerge.exporting.differences import llamafactory_differences
 from rawmerge.exporting.export_job import ExportJob
 from rawmerge.exporting.llamafactory import TOOL
@@ -127,6 +127,8 @@ def _merge_plan(job: ExportJob) -> MergePlan:
         dtype=job.dtype,
         tokenizer=job.tokenizer,
         max_shard_size=job.max_shard_size,
+        format=job.format,
+        like=job.like or None,
     )
 
 
@@ -163,9 +165,9 @@ class _Extras:
             yield from self._pad_left(config)
 
     def _add_modelfile(self, name: str) -> str:
-        template = CHAT_TEMPLATES.get(name)
+        template = chat_templates().get(name)
         if template is None:
-            guess = nearest(name, CHAT_TEMPLATES)
+            guess = nearest(name, chat_templates())
             return f"template {quote(name)}: {_NO_MODELFILE}, for rawmerge does not know it" + (
                 f" ({guess}, perhaps?)" if guess else ""
             )

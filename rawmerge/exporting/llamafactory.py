@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, Final
 
+from rawmerge.adapter_source import split_weight
 from rawmerge.dtypes import OUTPUT_DTYPES
 from rawmerge.errors import quote
-from rawmerge.exporting.export_job import ExportJob
+from rawmerge.exporting.export_job import KEPT_SHARDS, LEGACY_FORMAT, SAFETENSORS, ExportJob
 from rawmerge.exporting.llamafactory_keys import KNOWN, REFUSED, idle_notes, nearest
 from rawmerge.exporting.typed_keys import TypedKeys
 from rawmerge.run_options import DEVICE_NAMES
@@ -85,6 +86,7 @@ class _Reader:
             output=keys.required("export_dir", "the folder to make", "add `export_dir: merged/`"),
             dtype=self._dtype(),
             max_shard_size=self._shard_size(),
+            format=self._format(),
             device=self._device(),
             tokenizer="adapter",
             template="" if self.is_nested else keys.text("template"),
@@ -112,11 +114,19 @@ class _Reader:
         if not found and keys.value("adapter_name_or_path") in (None, "", []):
             hint = "LLaMA-Factory only saves the model again then: copy it, or use its own export for another dtype"
             keys.refuse("adapter_name_or_path", "the adapter to merge", hint)
-        for adapter in found:
-            if folder and not _is_local(adapter):
-                hint = f"fetch it (`hf download {adapter} --include '{folder}/*'`), and name the local folder"
-                keys.refuse("adapter_folder", f"a folder in {quote(adapter)} on this machine", hint)
-            yield str(PurePath(adapter) / folder) if folder else adapter
+        yield from (self._in_folder(adapter, folder) for adapter in found) if folder else found
+
+    def _in_folder(self, adapter: str, folder: str) -> str:
+        """Return the folder in an adapter, with the weight behind its name; what is not on this machine is refused."""
+        place = _without_weight(adapter)
+        inner = str(PurePath(place) / folder)
+        expected = f"a folder in {quote(place)} on this machine"
+        if not _is_local(place):
+            hint = f"fetch it (`hf download {place} --include '{folder}/*'`), and name the local folder"
+            self.keys.refuse("adapter_folder", expected, hint)
+        elif not _is_local(inner):
+            self.keys.refuse("adapter_folder", expected, f"there is no {quote(inner)}: mend the key, or leave it out")
+        return inner + adapter.removeprefix(place)
 
     def _dtype(self) -> str | None:
         chosen = self.keys.choice("infer_dtype", (_AUTO, *OUTPUT_DTYPES), _AUTO)
@@ -125,10 +135,14 @@ class _Reader:
     def _shard_size(self) -> int | None:
         gigabytes = self.keys.whole("export_size", "a whole number of gigabytes (of 10^9 bytes), at least 1")
         if gigabytes is None and self.keys.value("export_size") is None:
-            self.notes.append(
-                "export_size is not given: shards stay those of the base (LLaMA-Factory cuts them at 5 GB)"
-            )
+            self.notes.append(KEPT_SHARDS)
         return None if gigabytes is None else gigabytes * 10**9
+
+    def _format(self) -> str:
+        if not self.keys.switch("export_legacy_format"):
+            return SAFETENSORS
+        self.notes.append(LEGACY_FORMAT)
+        return "bin"
 
     def _device(self) -> str:
         device = self.keys.text("export_device") or "cpu"
@@ -150,8 +164,6 @@ class _Reader:
         if keys.choice("finetuning_type", ("lora", "oft", "freeze", "full"), "lora") in {"freeze", "full"}:
             hint = "what such a training leaves is a whole model, which needs no merge"
             keys.refuse("finetuning_type", "lora or oft, as there is an adapter", hint)
-        if keys.switch("export_legacy_format"):
-            self.notes.append("export_legacy_format: ignored, safetensors are written, as transformers 5 does")
         is_remote = any(not _is_local(at) for at in (job.base, *job.adapters))
         if keys.text("cache_dir") and is_remote:
             keys.refuse("cache_dir", "none", "leave it out, and set HF_HUB_CACHE to this folder")
@@ -159,6 +171,13 @@ class _Reader:
     def _template_notes(self, job: ExportJob) -> Iterator[str]:
         if job.default_system is not None and not job.template:
             yield "default_system: ignored, for without a template no Modelfile is written"
+
+
+def _without_weight(adapter: str) -> str:
+    try:
+        return split_weight(adapter)[0]
+    except ValueError:  # refused, by its reason, before the merge
+        return adapter
 
 
 def _is_local(name: str) -> bool:
@@ -169,6 +188,7 @@ def _is_local(name: str) -> bool:
 
 
 def _at_revision(name: str, revision: str) -> str:
-    """Return a hub id with the revision of the file; a path on this machine has none."""
+    """Return a hub id with the revision of the file, before its weight; a path on this machine has none."""
+    place = _without_weight(name)
     is_plain = not name or revision in {"", _DEFAULT_REVISION} or "@" in name
-    return name if is_plain or _is_local(name) else f"{name}@{revision}"
+    return name if is_plain or _is_local(place) else f"{place}@{revision}{name.removeprefix(place)}"

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from rawmerge.errors import Problem, RefusedError, quote
+from rawmerge.errors import MissingFileError, Problem, RefusedError, quote
 from rawmerge.inputs.tensor_source import read_small_file
 
 MAX_YAML_BYTES: Final = 256 * 2**10
 #: Values in a file, those that an alias repeats counted each time: a short file may stand for billions.
 MAX_VALUES: Final = 20_000
+_WHAT: Final = (
+    "name the file of a merge by LLaMA-Factory, axolotl or mergekit; relative paths start from the working directory"
+)
 _TAG: Final = "tag:yaml.org,2002:"
 _EXPONENT: Final = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+", re.ASCII)
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
@@ -32,7 +36,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         MissingFileError: the file cannot be read; RefusedError: it is too large, or no table of YAML.
     """
-    raw = read_small_file(path, MAX_YAML_BYTES)
+    try:
+        raw = read_small_file(path, MAX_YAML_BYTES)
+    except MissingFileError as error:
+        raise MissingFileError(*(replace(problem, hint=_WHAT) for problem in error.problems)) from error
     try:
         document = parse_yaml(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
