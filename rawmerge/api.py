@@ -97,6 +97,11 @@ def verify_merge(
     tokenizer: str | None = None,
     moe_lora_b_layout: str | None = None,
     order: str | None = None,
+    replaced_by: int | None = None,
+    combine: str | None = None,
+    density: float | None = None,
+    majority_sign: str | None = None,
+    seed: int | None = None,
     tolerance: float = 0,
     progress: ProgressCallback | None = None,
     **choices: Unpack[ReplayChoices],
@@ -110,13 +115,18 @@ def verify_merge(
         output: directory or safetensors file.
         base: see `plan_merge`; None, as `adapter`, to look at the output alone.
         adapter: see `plan_merge`.
-        compute_dtype: see `plan_merge`; None for what the output's record tells, else `float32`. The same goes for
-            `dtype`, `vocab`, `tokenizer` and `moe_lora_b_layout`.
+        compute_dtype: see `plan_merge`; None for what the output's record tells, else `float32`. The same goes for all
+            options here.
         dtype: see `plan_merge`.
         vocab: see `plan_merge`.
         tokenizer: see `plan_merge`.
         moe_lora_b_layout: see `plan_merge`.
         order: see `plan_merge`.
+        replaced_by: see `plan_merge`.
+        combine: see `plan_merge`; where it is given, `density`, `majority_sign` and `seed` are not the record's.
+        density: see `plan_merge`.
+        majority_sign: see `plan_merge`.
+        seed: see `plan_merge`.
         tolerance: distance that passes in tensors that the adapter changes, in units in the last place of the larger
             of the expected value and the base's. Tensors that it does not change must be equal.
         progress: called as bytes are compared; an exception from it ends the verification.
@@ -133,12 +143,19 @@ def verify_merge(
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be a number of at least 0, not {tolerance!r}")
     at = Path(output).expanduser()
-    given = {"compute_dtype": compute_dtype, "dtype": dtype, "vocab": vocab, "tokenizer": tokenizer}
+    given: dict[str, str | int | float | None] = {
+        "compute_dtype": compute_dtype,
+        "dtype": dtype,
+        "vocab": vocab,
+        "tokenizer": tokenizer,
+    }
+    given |= {"moe_lora_b_layout": moe_lora_b_layout, "order": order, "replaced_by": replaced_by}
+    given |= {"combine": combine, "density": density, "majority_sign": majority_sign, "seed": seed}
     with read_errors_refused(at):
         verifier = OutputVerifier(at)
         if base is None or adapter is None:
             return verifier.alone()
-        options = verifier.options({**given, "moe_lora_b_layout": moe_lora_b_layout, "order": order})
+        options = verifier.options(given)
     plan = plan_inputs(base, adapter, options)
     try:
         return verifier.against(plan, RunOptions(**choices), tolerance=tolerance, report=progress)

@@ -8,6 +8,7 @@ from typing import Final
 _SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(i?b)?", re.IGNORECASE | re.ASCII)
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _LARGER: Final = ("kB", "MB", "GB", "TB")
+_WHOLE: Final = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
 def parse_bytes(text: str) -> int:
@@ -60,6 +61,17 @@ def byte_limit(name: str, size: int | str | None) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{name} must be a size of at least one byte, or None, not {size!r}")
     return count
+
+
+def size_text(count: int) -> str:
+    """Return a size as `parse_bytes` takes it back, in the largest unit of which it is a whole number.
+
+    Example:
+        >>> size_text(2_000_000_000), size_text(512 * 2**20), size_text(1001)
+        ('2GB', '512MiB', '1001B')
+    """
+    name, unit = next(((name, unit) for name, unit in _WHOLE.items() if count % unit == 0), ("B", 1))
+    return f"{count // unit}{name}"
 
 
 def format_bytes(count: int) -> str:

@@ -139,13 +139,20 @@ def _carry_out(plan: MergePlan, output: Path, choices: RunChoices, *, dry_run: b
 @cli.command()
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--as-llamafactory",
+    is_flag=True,
+    help="Weights that are equal to those of LLaMA-Factory's export, byte for byte; needs transformers.",
+)
 @THREADS
 @MAX_MEMORY
 @OVERWRITE
 @VERIFY
 @DRY_RUN
 @JSON
-def export(file: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, **choices: Any) -> None:
+def export(
+    file: str, overrides: tuple[str, ...], as_llamafactory: bool, dry_run: bool, as_json: bool, **choices: Any
+) -> None:
     """Do what another tool's merge file asks for: LLaMA-Factory's YAML, axolotl's, mergekit's.
 
     KEY=VALUE sets a key of FILE, as in `llamafactory-cli export FILE export_dir=merged`. FILE may be mergekit's
@@ -153,7 +160,8 @@ def export(file: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool, 
     """
     from rawmerge.exporting.export_run import plan_export, settled_job
 
-    job = settled_job(rawmerge.read_export(file, overrides))
+    read = rawmerge.read_export(file, overrides)
+    job = settled_job(read.as_llamafactory() if as_llamafactory else read)
     say(printable(job.command(overwrite=choices["overwrite"])), err=True)
     run_choices: RunChoices = {"device": job.device, **choices}  # type: ignore[typeddict-item]  # click's names
     _carry_out(plan_export(job), Path(job.output), run_choices, dry_run=dry_run, as_json=as_json)

@@ -10,7 +10,17 @@ import click
 from rawmerge.adapter_source import split_weight
 from rawmerge.byte_sizes import parse_bytes
 from rawmerge.dtypes import AUTO_DTYPE, COMPUTE_DTYPES, OUTPUT_DTYPES
-from rawmerge.merge_options import COMBINATIONS, LAYOUTS, MAJORITY_SIGNS, ORDERS, OVERLAY, SUM, TOKENIZERS
+from rawmerge.merge_options import (
+    COMBINATIONS,
+    FORMATS,
+    LAYOUTS,
+    LLAMAFACTORY,
+    MAJORITY_SIGNS,
+    ORDERS,
+    OVERLAY,
+    SUM,
+    TOKENIZERS,
+)
 from rawmerge.run_options import DEVICE_NAMES, MECHANISMS
 
 BASE = click.argument("base")
@@ -63,6 +73,19 @@ _SHARD_SIZE = click.option(
     metavar="SIZE",
     help="Most bytes of an output shard, such as 5GB or 512MiB; what fits is one file.  [default: the base's shards]",
 )
+_FORMAT = click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    default=FORMATS[0],
+    show_default=True,
+    help="What the shards are; bin: files of torch.save, such as pytorch_model.bin, for loaders that know no other.",
+)
+_LIKE = click.option(
+    "--like",
+    type=click.Choice([LLAMAFACTORY]),
+    help="The tensors, dtypes, order and shards that LLaMA-Factory's export would save; needs transformers.  "
+    "[default: all that the base has]",
+)
 _VOCAB = click.option(
     "--vocab",
     type=click.Choice([OVERLAY]),
@@ -91,9 +114,12 @@ _COMBINE = click.option(
     type=click.Choice([SUM, *COMBINATIONS]),
     help="How several adapters' deltas of a tensor become one, rounded once; sum is --order once.",
 )
+_SHARES = click.FloatRange(min=0, max=1, min_open=True)
+_SEEDS = click.IntRange(0, 2**63 - 1)
+_PLACES = click.IntRange(min=1)
 _DENSITY = click.option(
     "--density",
-    type=click.FloatRange(min=0, max=1, min_open=True),
+    type=_SHARES,
     metavar="SHARE",
     help="Share of a delta's elements that magnitude and ties keep, the largest, and dare and dare-ties by chance.",
 )
@@ -106,14 +132,14 @@ _MAJORITY_SIGN = click.option(
 )
 _SEED = click.option(
     "--seed",
-    type=click.IntRange(0, 2**63 - 1),
+    type=_SEEDS,
     default=0,
     show_default=True,
     help="Of what dare and dare-ties keep by chance.",
 )
 _REPLACED_BY = click.option(
     "--replaced-by",
-    type=click.IntRange(min=1),
+    type=_PLACES,
     metavar="N",
     help="Which of several adapters gives tensors that more than one replace.  [default: refuse them]",
 )
@@ -139,6 +165,8 @@ _PLAN_OPTIONS = (
     _MAJORITY_SIGN,
     _SEED,
     _SHARD_SIZE,
+    _FORMAT,
+    _LIKE,
     _VOCAB,
     _TOKENIZER,
     _LAYOUT,
@@ -157,7 +185,15 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
 def replay_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that decide an output's bytes; the output's record tells those that are not given."""
     recorded = "  [default: what the output's record tells, else the merge's own]"
+    for flag, kind, metavar, text in (
+        ("--seed", _SEEDS, None, "Of what dare and dare-ties kept by chance."),
+        ("--density", _SHARES, "SHARE", "Share of a delta's elements that was kept."),
+        ("--replaced-by", _PLACES, "N", "Which of several adapters gave tensors that more than one replace."),
+    ):
+        command = click.option(flag, type=kind, metavar=metavar, help=text + recorded)(command)
     for flag, choices, text in (
+        ("--majority-sign", MAJORITY_SIGNS, "What decided the sign that ties and dare-ties kept."),
+        ("--combine", [SUM, *COMBINATIONS], "How several adapters' deltas became one."),
         ("--order", ORDERS, "What several adapters mean."),
         ("--moe-lora-b-layout", LAYOUTS, "Order of lora_B's columns on fused experts."),
         ("--tokenizer", TOKENIZERS, "Whose tokenizer it got."),

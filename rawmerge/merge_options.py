@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from rawmerge.dtypes import AUTO_DTYPE, COMPUTE_DTYPES, OUTPUT_DTYPES
-from rawmerge.errors import Problem
+from rawmerge.errors import PlanError, Problem
 
 #: What may become of a vocabulary that is smaller than the base's.
 OVERLAY: Final = "overlay"
@@ -18,6 +18,13 @@ GROUPED: Final = "grouped_by_expert"
 LAYOUTS: Final = ("rank_major", GROUPED)
 
 
+#: Of what the output's shards are files: the safetensors library's, or `torch.save`'s.
+SAFETENSORS: Final = "safetensors"
+BIN: Final = "bin"
+FORMATS: Final = (SAFETENSORS, BIN)
+#: Whose way of saving the output's tensors have, and the most bytes of a shard there.
+LLAMAFACTORY: Final = "llamafactory"
+LIKE_SHARD_BYTES: Final = 5 * 10**9
 #: What several adapters mean: one merged after the other, each result rounded; or the sum of all, rounded once.
 SERIAL: Final = "serial"
 ONCE: Final = "once"
@@ -54,6 +61,8 @@ CHOICES: Final = {
     "order": ORDERS,
     "combine": ("", *COMBINATIONS),
     "majority_sign": MAJORITY_SIGNS,
+    "format": FORMATS,
+    "like": ("", LLAMAFACTORY),
 }
 
 
@@ -75,6 +84,11 @@ class MergeOptions:
         card: write a model card, `README.md`, beside which the base's own becomes `README_base.md`.
         max_shard_size: most bytes of an output shard's tensors, cut and named as transformers does; what fits in one
             file is `model.safetensors`. 0 keeps the base's shards.
+        format: what the shards are: `safetensors`, or `bin`, the files of `torch.save` that transformers 4 wrote with
+            `safe_serialization=False`.
+        like: `llamafactory` for the tensors that LLaMA-Factory's export would save with the installed transformers:
+            which there are, their dtypes, order, shards and index, and roundings. Needs a `dtype` and a
+            `max_shard_size`, which `choose_options` sets to `auto` and 5 GB. Empty for all that the base has.
         order: of several adapters, `serial` merges one after the other and rounds after each, as PEFT does; `once` adds
             all deltas up and rounds once, whatever the order in which they are named. `once` where they are combined.
         replaced_by: which of several adapters, from 1, gives a tensor that more than one replace; 0 refuses that.
@@ -98,6 +112,8 @@ class MergeOptions:
     force: bool = False
     card: bool = True
     max_shard_size: int = 0
+    format: str = SAFETENSORS
+    like: str = ""
     order: str = SERIAL
     replaced_by: int = 0
     combine: str = ""
@@ -110,6 +126,50 @@ def order_problem(combine: str, order: str) -> Problem:
     """Return the problem of an order that a combination does not have."""
     hint = "a combination looks at all deltas together and rounds once; leave --order out"
     return Problem(f"--order {order}", f"--order {ONCE} with --combine {combine}", order, hint)
+
+
+def like_problems(options: MergeOptions, adapter_count: int) -> Iterator[Problem]:
+    """Yield the choices that LLaMA-Factory does not have, where the output is to be like its own.
+
+    Args:
+        options: the choices, each one of those that there are.
+        adapter_count: how many adapters have a weight that is not 0.
+    """
+    if not options.like:
+        return
+    given = f"--like {options.like}"
+    needed = {
+        "compute_dtype": options.compute_dtype == "float32",
+        "order": options.order == SERIAL or adapter_count < 2,
+        "combine": not options.combine,
+        "vocab": not options.vocab,
+        "format": options.format == SAFETENSORS,
+    }
+    for name in (name for name, is_fit in needed.items() if not is_fit):
+        flag, found = f"--{name.replace('_', '-')}", f"{getattr(options, name)}"
+        yield Problem(flag, f"its default, for {given} equals what LLaMA-Factory writes", found, "leave one out")
+    if not (options.dtype and options.max_shard_size):
+        hint = "choose_options sets them to auto and 5GB"
+        yield Problem("like", "a dtype and a max_shard_size beside it", "none of one", hint)
+
+
+def settled_order(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return choices in which a combination has its order, and `sum`, another name for that order, is none.
+
+    Args:
+        given: fields of `MergeOptions`, those that were chosen.
+
+    Raises:
+        PlanError: `sum` in another order.
+    """
+    settled = dict(given)
+    if settled.get("combine"):
+        settled.setdefault("order", ONCE)
+    if settled.get("combine") == SUM:
+        if settled["order"] != ONCE:
+            raise PlanError(order_problem(SUM, settled["order"]))
+        settled["combine"] = ""
+    return settled
 
 
 def combination_problems(options: MergeOptions, adapter_count: int) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +18,27 @@ from rawmerge.inputs.adapter import Adapter, read_adapter
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint, read_base
 from rawmerge.inputs.comparison import same_bytes
 from rawmerge.inputs.identity import check_identity
+from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.layer_replication import layer_order, replicate_layers
+from rawmerge.matching.disk_names import DiskNames
 from rawmerge.matching.matcher import match_adapter
-from rawmerge.merge_options import CHOICES, MergeOptions, combination_problems
-from rawmerge.merge_plan import AdapterInput, AdapterUse, MergePlan, Step, UpdateTensor, WrittenFile
+from rawmerge.matching.tie import find_tie
+from rawmerge.matching.tied_copies import without_tied_copy
+from rawmerge.merge_options import BIN, CHOICES, MergeOptions, combination_problems, like_problems
+from rawmerge.merge_plan import (
+    AdapterInput,
+    AdapterUse,
+    KeepTensor,
+    MergePlan,
+    ReplaceTensor,
+    Step,
+    UpdateTensor,
+    WrittenFile,
+)
 from rawmerge.output.card_sources import with_card
 from rawmerge.output.output_config import OutputConfig
 from rawmerge.output.side_files import SideFile, differing_tokenizer_files, list_side_files
+from rawmerge.pickled_plan import as_pickles
 from rawmerge.planner import Planner, check_unique, input_file, sha256_of
 from rawmerge.resharding import reshard
 from rawmerge.weighted_plan import plan_with_weight, weighted_plan
@@ -49,11 +63,12 @@ def make_plan(
         ValueError: an option is none of its choices, or there is no adapter.
     """
     _check_options(options, sources)
-    if found := list(combination_problems(options, sum(source.weight != 0 for source in sources))):
+    count = sum(source.weight != 0 for source in sources)
+    if found := [*combination_problems(options, count), *like_problems(options, count)]:
         raise PlanError(*found)
     problems = ProblemCollector()
     with problems.absorb():
-        base = read_base(base_root.absolute())  # a plan may be run from another folder
+        base = without_tied_copy(read_base(base_root.absolute()))  # a plan may be run from another folder
     adapters = []
     for source in sources:
         with problems.absorb():
@@ -61,8 +76,18 @@ def make_plan(
     problems.raise_if_any()
     options = _with_stated_dtype(options, base)
     plan = _plan_all(base, adapters, options, base_repo)
-    plan = reshard(plan, options.max_shard_size) if options.max_shard_size else plan
+    plan = _resharded(plan, base, options)
+    plan = as_pickles(plan) if options.format == BIN else plan
     return with_card(plan, base, [adapter for _, adapter in adapters]) if options.card and base.is_directory else plan
+
+
+def _resharded(plan: MergePlan, base: BaseCheckpoint, options: MergeOptions) -> MergePlan:
+    if options.like:
+        from rawmerge.saved_model.layout_request import saved_layout  # few merges need it
+        from rawmerge.saved_model.like_saved import like_saved
+
+        return like_saved(plan, saved_layout(base, options.dtype, options.max_shard_size), base.config)
+    return reshard(plan, options.max_shard_size) if options.max_shard_size else plan
 
 
 class _Planned(NamedTuple):
@@ -121,7 +146,8 @@ def _combined(
     Raises:
         PlanError: they do not go together.
     """
-    plans, places = [_from_base(one.plan, base) for one in planned], [one.place for one in planned]
+    tied = _tied_output(base)
+    plans, places = [_from_base(one.plan, base, tied) for one in planned], [one.place for one in planned]
     problems = ProblemCollector()
     problems.add(PlanError, _shared_problems(base, planned, adapters))
     problems.raise_if_any()
@@ -142,22 +168,39 @@ def _combined(
     )
 
 
-def _from_base(plan: MergePlan, base: BaseCheckpoint) -> MergePlan:
+def _tied_output(base: BaseCheckpoint) -> dict[str, TensorSource]:
+    """Return the input embedding by the name of the output projection that the base lacks for it, if there is one."""
+    tie = find_tie(base.config, DiskNames(base, ""))
+    return {tie.output: base.tensors[tie.input]} if tie and tie.is_certain and not tie.is_written else {}
+
+
+def _from_base(plan: MergePlan, base: BaseCheckpoint, tied: Mapping[str, TensorSource]) -> MergePlan:
     """Return the plan with updates starting from the base where the adapter's copy of its tensor is the same.
 
-    PEFT stores the embeddings beside a LoRA on them; two such adapters would begin with a copy each.
+    PEFT stores the embeddings beside a LoRA on them; two such adapters would begin with a copy each. A copy of a tied
+    one in place of the output projection is one that the base has, too.
     """
     adapter = {file.path for file in plan.adapter_files}
 
     def started(step: Step) -> Step:
-        found = base.tensors.get(step.entry.name)
-        if not isinstance(step, UpdateTensor) or step.source.path not in adapter or found is None:
+        found = tied.get(step.entry.name) or (
+            base.tensors.get(step.entry.name) if isinstance(step, UpdateTensor) else None
+        )
+        if isinstance(step, KeepTensor) or step.source.path not in adapter or found is None:
             return step
         alike = (found.dtype, found.shape) == (step.source.dtype, step.source.shape)
-        return replace(step, source=found) if alike and same_bytes(step.source, found) else step
+        if not alike or not same_bytes(step.source, found):
+            return step
+        return replace(step, source=found) if isinstance(step, UpdateTensor) else _kept(step, found)
 
     shards = (replace(shard, steps=tuple(map(started, shard.steps))) for shard in plan.shards)
     return replace(plan, shards=tuple(shards))
+
+
+def _kept(step: ReplaceTensor, source: TensorSource) -> Step:
+    """Return the step that keeps a tensor whose replacement is the base's own."""
+    is_kept = step.entry.dtype == source.dtype
+    return KeepTensor(step.entry, source) if is_kept else UpdateTensor(step.entry, source, source.dtype, ())
 
 
 def _beside(written: Iterable[WrittenFile], brought: MergePlan, plans: Iterable[MergePlan]) -> tuple[SideFile, ...]:
@@ -232,7 +275,7 @@ def _with_stated_dtype(options: MergeOptions, base: BaseCheckpoint) -> MergeOpti
     stated = base.config.stated_dtype
     if stated not in OUTPUT_DTYPES:
         expected = f"one of {', '.join(OUTPUT_DTYPES)}, for --dtype auto"
-        found = quote(stated) if stated else "none"
+        found = quote(stated) if stated else base.config.odd_dtype or "none"
         raise PlanError(Problem(f"dtype in {CONFIG_NAME}", expected, found, "name the dtype, as in --dtype bfloat16"))
     return replace(options, dtype=stated)
 

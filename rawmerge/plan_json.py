@@ -13,7 +13,9 @@ from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import PlanError, Problem, ShardFormatError, quote
 from rawmerge.formats.shard_header import MAX_RANK, parse_shard_header
+from rawmerge.formats.shard_names import is_pickle
 from rawmerge.formats.strict_json import parse_json_object
+from rawmerge.formats.table_pickle import table_problems
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, UpdateTensor
 
@@ -66,14 +68,19 @@ def _check_shard(shard: ShardPlan) -> None:
         PlanError: as `parse_plan`.
     """
     try:
-        header = parse_shard_header(shard.header_text.encode(), shard.byte_count - shard.data_start, shard.name)
+        header = parse_shard_header(shard.header_text.encode(), _tensor_end(shard), shard.name)
     except ShardFormatError as error:
         raise PlanError(*error.problems) from error
     entries = sorted((step.entry for step in shard.steps), key=lambda entry: entry.name)
     if entries != sorted(header.entries, key=lambda entry: entry.name):
         raise PlanError(Problem(shard.name, "a step for each tensor of its header", "other steps", _AGAIN))
-    if problems := [problem for step in shard.steps for problem in _step_problems(step)]:
+    of_steps = (problem for step in shard.steps for problem in _step_problems(step))
+    if problems := [*of_steps, *(table_problems(shard.name, entries) if is_pickle(shard.name) else ())]:
         raise PlanError(*problems)
+
+
+def _tensor_end(shard: ShardPlan) -> int:
+    return shard.steps[-1].entry.end if shard.steps else 0
 
 
 def _step_problems(step: Step) -> Iterator[Problem]:
@@ -83,6 +90,9 @@ def _step_problems(step: Step) -> Iterator[Problem]:
             yield Problem(step.entry.name, "tensors as large as their shapes", found[:200], _AGAIN)
     if isinstance(step, UpdateTensor) and step.base_dtype not in DTYPES:
         yield Problem(step.entry.name, "a dtype of safetensors", quote(step.base_dtype), _AGAIN)
+    held = "" if isinstance(step, KeepTensor) else step.held_dtype
+    if held and not (held in DTYPES and DTYPES[held].is_mergeable):
+        yield Problem(step.entry.name, "a float dtype to be held in", quote(held), _AGAIN)
     own = (step.entry.dtype, step.entry.shape)
     if isinstance(step, KeepTensor) and (step.source.dtype, step.source.shape) != own:
         yield Problem(step.entry.name, "bytes to keep of its own dtype and shape", "others", _AGAIN)

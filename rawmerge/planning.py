@@ -14,12 +14,13 @@ from rawmerge.byte_sizes import byte_limit
 from rawmerge.consuming.finished_merge import finished_merge
 from rawmerge.consuming.plan_difference import difference
 from rawmerge.consuming.unfinished import unfinished_plan
-from rawmerge.errors import MissingFileError, OutputError, PlanError, Problem, RawmergeError, quote
+from rawmerge.dtypes import AUTO_DTYPE
+from rawmerge.errors import MissingFileError, OutputError, Problem, RawmergeError, quote
 from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.weight_map import INDEX_NAME
 from rawmerge.inputs.hub import resolve_adapter, resolve_base
-from rawmerge.merge_options import ONCE, SERIAL, SUM, MergeOptions, order_problem
+from rawmerge.merge_options import LIKE_SHARD_BYTES, SERIAL, MergeOptions, settled_order
 from rawmerge.merge_plan import AdapterInput, MergePlan
 from rawmerge.plan import make_plan
 from rawmerge.run_options import RunChoices
@@ -42,6 +43,8 @@ class PlanChoices(TypedDict, total=False):
     tokenizer: str
     moe_lora_b_layout: str | None
     max_shard_size: int | str | None
+    format: str | None
+    like: str | None
     order: str | None
     replaced_by: int | None
     combine: str | None
@@ -158,13 +161,9 @@ def choose_options(**choices: Unpack[PlanChoices]) -> MergeOptions:
         given["max_shard_size"] = byte_limit("max_shard_size", given["max_shard_size"])
     if "density" in given:
         given["density"] = float(given["density"])  # a plan's JSON tells 1 from 1.0
-    if given.get("combine"):
-        given.setdefault("order", ONCE)
-    if given.get("combine") == SUM:
-        if given["order"] != ONCE:
-            raise PlanError(order_problem(SUM, given["order"]))
-        del given["combine"]  # another name for this order
-    return MergeOptions(**given)
+    if given.get("like"):
+        given = {"dtype": AUTO_DTYPE, "max_shard_size": LIKE_SHARD_BYTES, **given}
+    return MergeOptions(**settled_order(given))
 
 
 def chosen_options(options: MergeOptions | None, choices: PlanChoices) -> MergeOptions:

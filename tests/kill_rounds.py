@@ -2,9 +2,9 @@
 
 A program of its own: it imports torch once and computes nothing itself, so that every round is a fork of milliseconds.
 
-Usage: python -m tests.kill_rounds MODE FOLDER STEP [ROUNDS]   (MODE is `plain`, `overwrite` or `consume`; FOLDER holds
-base and adapter; kills before operations 1, 1 + STEP, 1 + 2 STEP and so on, and begins again, twice as far apart,
-until ROUNDS merges were killed; prints one JSON object)
+Usage: python -m tests.kill_rounds MODE FOLDER STEP [ROUNDS]   (MODE is a key of `MODES`; FOLDER holds base and adapter;
+kills before operations 1, 1 + STEP, 1 + 2 STEP and so on, and begins again, twice as far apart, until ROUNDS merges
+were killed; prints one JSON object)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(mode: Mode, folder: Path, step: int, wanted: int = 0) -> dict[str, Any]
     """Run rounds until one is not killed and enough were; return how many there were and what was wrong."""
     for name in ("fsync", "fdatasync"):  # which matter to a power cut, not to a kill, and take most of the time
         setattr(os, name, lambda _: None)
-    assert in_fork(partial(merge, folder, folder / "golden", Mode())) == 0
+    assert in_fork(partial(merge, folder, folder / "golden", Mode(format=mode.format))) == 0
     assert in_fork(partial(merge, folder, folder / "before", Mode(), dtype="float32")) == 0
     found = Found()
     number = 1
@@ -81,7 +81,8 @@ def play(mode: Mode, folder: Path, number: int, found: Found) -> bool:
     if was_killed and found.rounds % 2 and not is_done(place, mode):
         found.killed += in_fork(partial(die_at, 3 + number // 2, place, mode)) == KILLED
     found.resumed += is_resumable(place, mode)
-    is_over = (place / "out").exists() if mode == Mode() else is_done(place, mode) and mode.consumes
+    is_plain = not mode.consumes and not mode.overwrites
+    is_over = (place / "out").exists() if is_plain else is_done(place, mode) and mode.consumes
     code = 0 if is_over else in_fork(partial(merge, folder, place / "out", mode, base=place / "base"))
     rawmerge.clean_output(place / "out")
     found.wrong.extend(f"round {number}: {fault}" for fault in faults(place, folder, code, mode))
@@ -114,6 +115,7 @@ class Mode:
 
     consumes: bool = False
     overwrites: bool = False
+    format: str = "safetensors"
 
     @property
     def pause(self) -> float:
@@ -125,7 +127,13 @@ class Mode:
         return place / "out.rawmerge-unfinished" if self.consumes else hidden_beside(place / "out")
 
 
-MODES = {"plain": Mode(), "overwrite": Mode(overwrites=True), "consume": Mode(consumes=True)}
+MODES = {
+    "plain": Mode(),
+    "overwrite": Mode(overwrites=True),
+    "consume": Mode(consumes=True),
+    "bin": Mode(format="bin"),
+    "consume-bin": Mode(consumes=True, format="bin"),
+}
 
 
 def is_done(place: Path, mode: Mode) -> bool:
@@ -148,6 +156,7 @@ def merge(folder: Path, output: Path, mode: Mode, *, base: Path | None = None, d
         folder / "adapter",
         output,
         dtype=dtype,
+        format=mode.format,
         consume_base=mode.consumes,
         overwrite=mode.overwrites,
         reuse=False,

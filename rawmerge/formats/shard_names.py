@@ -1,4 +1,4 @@
-"""What the files of a checkpoint are called, and what those of a pickled one are called as safetensors.
+"""What the files of a checkpoint are called, and what those of one format are called in the other.
 
 Source: transformers 5.24 `utils/__init__.py` (`WEIGHTS_NAME`, `SAFE_WEIGHTS_NAME`) and huggingface_hub 2.4
 `serialization/_base.py` (numbers).
@@ -42,3 +42,19 @@ def output_name(name: str) -> str:
         return name
     stem = name.removesuffix(PICKLE_SUFFIX)
     return (stem.removeprefix("pytorch_") if PICKLED_SHARD.fullmatch(name) else stem) + SHARD_SUFFIX
+
+
+def pickle_name(name: str) -> str:
+    """Return the file name of a shard of the output where it is written as `torch.save` writes.
+
+    Example:
+        >>> pickle_name("model-00001-of-00002.safetensors"), pickle_name("weights.safetensors")
+        ('pytorch_model-00001-of-00002.bin', 'weights.bin')
+    """
+    legacy = f"pytorch_{name.removesuffix(SHARD_SUFFIX)}{PICKLE_SUFFIX}"
+    return legacy if PICKLED_SHARD.fullmatch(legacy) else name.removesuffix(SHARD_SUFFIX) + PICKLE_SUFFIX
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file of this name is one of `torch.save`, which is what loaders take it for."""
+    return name.endswith(PICKLE_SUFFIX)

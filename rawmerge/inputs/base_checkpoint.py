@@ -14,7 +14,7 @@ from rawmerge.errors import AdapterError, CheckpointError, MissingFileError, Pro
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.model_config import ModelConfig, parse_model_config
 from rawmerge.formats.shard_header import ShardHeader, TensorEntry, format_shard_header
-from rawmerge.formats.shard_names import NUMBERED_SHARD, PICKLE_NAME, PICKLED_SHARD, output_name
+from rawmerge.formats.shard_names import NUMBERED_SHARD, PICKLE_NAME, PICKLED_SHARD, is_pickle, output_name
 from rawmerge.formats.shard_names import SINGLE_NAME as SINGLE_NAME  # others take it from here
 from rawmerge.formats.weight_map import (
     INDEX_NAME,
@@ -116,6 +116,11 @@ class BaseCheckpoint:
     def is_directory(self) -> bool:
         """Whether the base is a directory, with an index, a config and side files of its own."""
         return self.root != self.shards[0].path
+
+    @property
+    def index_name(self) -> str:
+        """What its index is called, or would be."""
+        return PICKLE_INDEX_NAME if is_pickle(self.shards[0].path.name) else INDEX_NAME
 
 
 def read_base(root: Path, config: ModelConfig | None = None) -> BaseCheckpoint:

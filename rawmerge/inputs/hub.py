@@ -16,7 +16,15 @@ from typing import Final
 
 from rawmerge.errors import HubError, MissingFileError, Problem, quote
 from rawmerge.formats import adapter_config, config_text
-from rawmerge.formats.weight_map import INDEX_NAME, MAX_INDEX_BYTES, SHARD_SUFFIX, parse_weight_map
+from rawmerge.formats.shard_names import PICKLE_NAME
+from rawmerge.formats.weight_map import (
+    INDEX_NAME,
+    MAX_INDEX_BYTES,
+    PICKLE_INDEX_NAME,
+    PICKLE_SUFFIX,
+    SHARD_SUFFIX,
+    parse_weight_map,
+)
 from rawmerge.inputs import adapter
 from rawmerge.inputs.base_checkpoint import SINGLE_NAME
 from rawmerge.inputs.tensor_source import read_small_file
@@ -28,6 +36,8 @@ MAX_LISTED: Final = 10
 
 # A revision may hold slashes after `refs/` only: anything else with two slashes is meant as a path.
 _HUB_ID: Final = re.compile(r"(?P<repo_id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*|refs(/\w[\w.-]*)+))?", re.ASCII)
+#: Where a base's weights begin: an index or one file, of safetensors before pickles.
+_ENTRIES: Final = (INDEX_NAME, SINGLE_NAME, PICKLE_INDEX_NAME, PICKLE_NAME)
 _FILE_SUFFIXES: Final = (SHARD_SUFFIX, ".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _LOGIN_HINT: Final = "log in with `hf auth login` or set HF_TOKEN"
 _OFFLINE_HINT: Final = "unset HF_HUB_OFFLINE to fetch it, or name a local directory"
@@ -78,9 +88,11 @@ class _Repo:
 def resolve_base(spec: str | os.PathLike[str]) -> ResolvedSource:
     """Return the base's local files; of a repo, the shards its index names and the side files are fetched.
 
+    Pickles are fetched where the repo has no safetensors.
+
     Raises:
         MissingFileError: a local path does not exist.
-        HubError: the repo cannot be fetched, or holds no safetensors base.
+        HubError: the repo cannot be fetched, or holds no base.
         CheckpointError: the repo's index is malformed or names files outside the repo.
     """
     return _resolve(spec, _fetch_base)
@@ -162,7 +174,7 @@ def _list_cache(repo_id: str, revision: str) -> tuple[str, dict[str, int | None]
     # snapshot_download would do this, but it refuses a snapshot that lacks files which are of no use here
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (config_text.CONFIG_NAME, INDEX_NAME, SINGLE_NAME, adapter_config.CONFIG_NAME):
+    for name in (config_text.CONFIG_NAME, *_ENTRIES, adapter_config.CONFIG_NAME):
         cached = try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(cached, str):
             root = Path(cached).parent
@@ -192,16 +204,13 @@ def _bare_adapter(repo: _Repo) -> str:
 
 
 def _fetch_base(repo: _Repo) -> Path:
-    entry = INDEX_NAME if INDEX_NAME in repo.byte_counts else SINGLE_NAME
+    entry = next((name for name in _ENTRIES if name in repo.byte_counts), SINGLE_NAME)
     is_adapter = adapter_config.CONFIG_NAME in repo.byte_counts
-    _require(
-        repo,
-        [entry],
-        f"{'this is an adapter; ' * is_adapter}name the repo of a base with safetensors weights",
-    )
+    hint = f"{'this is an adapter; ' * is_adapter}name the repo of a base with weights as safetensors or {PICKLE_NAME}"
+    _require(repo, [entry], hint)
     has_config = config_text.CONFIG_NAME in repo.byte_counts
     root = _record_revision(repo, config_text.CONFIG_NAME if has_config else entry)
-    shards = _read_shard_names(repo) if entry == INDEX_NAME else (SINGLE_NAME,)
+    shards = _read_shard_names(repo, entry) if entry in {INDEX_NAME, PICKLE_INDEX_NAME} else (entry,)
     _require(repo, shards, "the index names it; the upload may be incomplete")
     # Side files come first, so that a cache with all shards has them too: an offline run relies on it.
     with ThreadPoolExecutor(SIDE_FILES_AT_ONCE) as pool:
@@ -213,9 +222,10 @@ def _fetch_base(repo: _Repo) -> Path:
     return root
 
 
-def _read_shard_names(repo: _Repo) -> tuple[str, ...]:
-    raw = read_small_file(_download(repo, INDEX_NAME), MAX_INDEX_BYTES)
-    return parse_weight_map(raw, f"{repo.typed}: {INDEX_NAME}").shard_names
+def _read_shard_names(repo: _Repo, index: str) -> tuple[str, ...]:
+    raw = read_small_file(_download(repo, index), MAX_INDEX_BYTES)
+    suffix = SHARD_SUFFIX if index == INDEX_NAME else PICKLE_SUFFIX
+    return parse_weight_map(raw, f"{repo.typed}: {index}", suffix).shard_names
 
 
 def _require(repo: _Repo, names: Iterable[str], hint: str) -> None:
@@ -273,22 +283,10 @@ def _explain(error: BaseException) -> tuple[str, str]:
     from huggingface_hub import errors
 
     known: tuple[tuple[type[BaseException], str, str], ...] = (
-        (
-            errors.GatedRepoError,
-            "a gated repo without access to it",
-            f"ask for access on its page, then {_LOGIN_HINT}",
-        ),
+        (errors.GatedRepoError, "a gated repo without access to it", f"ask for access on its page, then {_LOGIN_HINT}"),
         (errors.RepositoryNotFoundError, "no such repo, or a private one", f"check the name; or {_LOGIN_HINT}"),
-        (
-            errors.RevisionNotFoundError,
-            "no such revision",
-            "check what follows the @: a branch, tag or commit",
-        ),
-        (
-            errors.HFValidationError,
-            "a name that the hub does not allow",
-            "a hub id looks like org/name@revision",
-        ),
+        (errors.RevisionNotFoundError, "no such revision", "check what follows the @: a branch, tag or commit"),
+        (errors.HFValidationError, "a name that the hub does not allow", "a hub id looks like org/name@revision"),
         (errors.OfflineModeIsEnabled, "nothing cached, and HF_HUB_OFFLINE is set", _OFFLINE_HINT),
     )
     for kind, found, hint in known:

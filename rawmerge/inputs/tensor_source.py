@@ -51,6 +51,10 @@ class TensorSource:
     dtype: str
     shape: tuple[int, ...]
 
+    def is_same_place(self, other: TensorSource) -> bool:
+        """Whether both are the same bytes of one file, as tied tensors are in files of torch.save."""
+        return (self.path, self.offset, self.byte_count) == (other.path, other.offset, other.byte_count)
+
     def rows(self, first: int, count: int) -> TensorSource:
         """Return some rows of a matrix, which lie together in the file."""
         row_bytes = self.byte_count // self.shape[0]
