@@ -17,6 +17,7 @@ from rawmerge.inputs.base_checkpoint import read_base
 from rawmerge.inputs.identity import RECORD_NAME, read_record
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.matcher import foreign_problem, grammar_of
+from rawmerge.merge_options import COMBINING, SERIAL
 from rawmerge.methods import ADAPTER_KINDS
 from rawmerge.methods.interface import AdapterKind, KindRow
 
@@ -130,8 +131,16 @@ def _merge_facts(root: Path) -> dict[str, str | int | float | list[str]]:
         "merged base": _input_text(record.fields.get("base"), "shards"),
         "merged adapters": [_input_text(adapter, "files") for adapter in adapters],
         "adapters before": len(_items(record.fields.get("history"))),
-        "merged with": [f"{name} {value}" for name, value in _table(record.fields.get("options")).items()],
+        "merged with": [f"{name} {value}" for name, value in _options(record.fields, len(adapters)).items()],
     }
+
+
+def _options(record: Mapping[str, Any], adapter_count: int) -> Mapping[str, Any]:
+    """Return the options of a record, of which the usual order is left out; what makes one of several is first."""
+    options = _table(record.get("options"))
+    several: dict[str, Any] = {"order": SERIAL} if adapter_count > 1 else {}
+    several |= {name: options[name] for name in ("order", *COMBINING) if name in options}
+    return {**several, **options}
 
 
 def _input_text(part: object, files: str) -> str:
@@ -140,7 +149,9 @@ def _input_text(part: object, files: str) -> str:
     found = [item for item in map(_table, _items(table.get(files))) if isinstance(item.get("bytes"), int)]
     names = ", ".join(_file_text(item) for item in found[:_MAX_FILES])
     more = f" and {len(found) - _MAX_FILES} more" if len(found) > _MAX_FILES else ""
-    return f"{table.get('repo') or 'local files'}: {names or 'no file'}{more}"
+    weight = table.get("weight")
+    times = f", weight {weight:g}" if isinstance(weight, float) else ""
+    return f"{table.get('repo') or 'local files'}: {names or 'no file'}{more}{times}"
 
 
 def _file_text(item: Mapping[str, Any]) -> str:

@@ -115,7 +115,9 @@ def test_a_verification_finds_what_was_changed_or_removed(tiny: Paths, tmp_path:
         b"0" * 63 + b"  a",
         b"0" * 64 + b"  ../a",
         b"0" * 64 + b"  /etc/passwd",
-        b"0" * 64 + b"  a//b",
+        b"0" * 64 + b"  ./../a",
+        b"0" * 64 + b"  .//./etc/..",
+        b"0" * 64 + b"  ./",
         b"0" * 64 + b"  ",
         b"0" * 64 + b"  a\0b",
     ],
@@ -128,6 +130,36 @@ def test_what_is_no_manifest_or_leads_out_of_the_folder_is_a_finding(tiny: Paths
     (output / MANIFEST_NAME).write_bytes(b"0" * 64 + b"  b\n" + line + b"\n")
     (finding,) = rawmerge.verify_merge(output).findings
     assert (finding.subject, finding.found) == (MANIFEST_NAME, "line 2")
+
+
+@needs_sha256sum
+@pytest.mark.parametrize(
+    ("line", "is_right"),
+    [
+        (b"%s  ./f\n", True),
+        (b"%s *./sub//f\n", True),
+        (b"%s  f\r\n", True),
+        (b"# of the hub\n%s  sub/./f\r\n", True),
+        (b"%s  ./f/\n", False),
+        (b"%s  g\n", False),
+    ],
+)
+def test_names_and_line_ends_that_sha256sum_takes_are_taken(tmp_path: Path, line: bytes, is_right: bool) -> None:
+    (tmp_path / "sub").mkdir()
+    for path in (tmp_path / "f", tmp_path / "sub/f"):
+        path.write_bytes(b"content")
+    raw = line % hashlib.sha256(b"content").hexdigest().encode()
+    (tmp_path / MANIFEST_NAME).write_bytes(raw)
+    assert (sha256sum(tmp_path, "-c", MANIFEST_NAME).returncode == 0) == is_right
+    assert (outcome_of(tmp_path, raw) == []) == is_right
+
+
+def outcome_of(folder: Path, raw: bytes) -> list[str]:
+    """Return what is found wrong with a folder, by a manifest."""
+    try:
+        return [str(problem) for problem in manifest_problems(folder, parse_manifest(raw))]
+    except ValueError as error:
+        return [str(error)]
 
 
 def test_a_name_twice_is_no_manifest() -> None:

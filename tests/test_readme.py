@@ -1,16 +1,14 @@
-"""README says what is: its commands exist, its Python runs, its tables are the code's own."""
+"""README says what is: its scripts exist, its tables are the code's own. tests/test_examples.py runs its examples."""
 
 from __future__ import annotations
 
 import re
-import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import click
-import pytest
 
 from rawmerge import command_group, errors
 from rawmerge.cli import cli
@@ -44,13 +42,6 @@ def block(language: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("line", re.findall(r"^rawmerge +(?:merge|plan|inspect|demo) .*$", README, re.MULTILINE))
-def test_every_command_line_parses(line: str) -> None:
-    name, *arguments = shlex.split(line, comments=True)[1:]
-    command = cli.commands[name]
-    command.make_context(name, arguments)
-
-
 def test_every_script_exists_and_is_executable() -> None:
     for name in set(re.findall(r"(?:scripts|\.ci)/\w+(?:\.py)?", README)):
         assert (ROOT / name).stat().st_mode & 0o100, name
@@ -59,13 +50,6 @@ def test_every_script_exists_and_is_executable() -> None:
 def test_shell_scripts_are_short() -> None:
     for path in (path for path in (ROOT / "scripts").iterdir() if path.is_file() and not path.suffix):
         assert len(path.read_text().splitlines()) < 20, path
-
-
-def test_the_python_block_runs(tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
-    monkeypatch.chdir(tiny[0].parent)
-    exec(compile(block("python"), "README.md", "exec"), {})
-    assert Path("merged/config.json").exists()
-    assert Path("merged-f16/config.json").exists()
 
 
 def test_the_option_table_is_the_command_s() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rawmerge.errors import Problem
-from rawmerge.formats.weight_map import INDEX_NAME
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.inputs.identity import RECORD_NAME
 from rawmerge.output.record import RECORD_FORMAT
@@ -25,18 +24,22 @@ def checkpoint_problems(found: BaseCheckpoint, record: Mapping[str, Any]) -> Ite
 
 
 def _index_problems(found: BaseCheckpoint) -> Iterator[Problem]:
+    index = found.index_name
     if found.weight_map is None:
         if len(found.shards) > 1:
-            yield Problem(INDEX_NAME, f"an index of {len(found.shards)} shards", "none: loaders do not find them")
+            hint = f"take {index} from where the shards came from, or write one"
+            yield Problem(index, f"an index of {len(found.shards)} shards", "none: loaders do not find them", hint)
         return
     listed = found.weight_map.shard_by_tensor
     for name in found.tensors:
         if name not in listed:
-            yield Problem(name, f"a tensor that {INDEX_NAME} lists", "one that it does not: loaders pass it over")
+            hint = "the index is of another checkpoint, or was edited: take the one that came with the shards"
+            yield Problem(name, f"a tensor that {index} lists", "one that it does not: loaders pass it over", hint)
     stated = found.weight_map.metadata.get("total_size")
     total = sum(at.byte_count for at in found.tensors.values())
     if stated is not None and stated != total:
-        yield Problem(INDEX_NAME, f"a total_size of {total}, the bytes of all tensors", repr(stated)[:80])
+        hint = "the index is of another checkpoint, or was made for tensors of another dtype"
+        yield Problem(index, f"a total_size of {total}, the bytes of all tensors", repr(stated)[:80], hint)
 
 
 def _record_problems(found: BaseCheckpoint, record: Mapping[str, Any]) -> Iterator[Problem]:

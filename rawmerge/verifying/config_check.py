@@ -1,4 +1,4 @@
-"""What a checkpoint's `config.json` says of its tensors, against the tensors: vocabulary, tied embeddings, dtype.
+"""What a checkpoint's `config.json` says of its tensors, against them: vocabulary, tied embeddings, shape, dtype.
 
 Silence is better than a false alarm: configs leave out and overstate much that loaders do not mind, so only what no
 loader can follow is a problem. Rows beyond `vocab_size` are padding.
@@ -17,12 +17,12 @@ from rawmerge.formats.model_config import DTYPE_KEYS, TIE_KEY, TIED_BY_DEFAULT, 
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.inputs.comparison import sample_rows_equal
 from rawmerge.matching.disk_names import DiskNames
-from rawmerge.matching.embedding_names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_embedding, module_of
-from rawmerge.matching.tied_embeddings import Tie, find_tie
+from rawmerge.matching.embedding_names import OUTPUT_EMBEDDINGS, is_embedding, module_of
+from rawmerge.matching.tie import Tie, find_tie
+from rawmerge.verifying.model_shape import INPUT_MODULES, is_quantised, shape_problems
 
 _CODES: Final = {**OUTPUT_DTYPES, "float64": "F64"}
 _VOCAB_KEYS: Final = ("vocab_size", "n_words", "n_token")
-_INPUTS: Final = frozenset({*INPUT_EMBEDDINGS, "embeddings", "input_embedding", "token_embedding"})
 #: Parts of names that an output projection may have where it is not a plain tensor.
 _HEADS: Final = frozenset({*OUTPUT_EMBEDDINGS, "output", "output_layer", "head"})
 #: sentence-transformers' file: models that it loads have no use for an output projection.
@@ -35,6 +35,7 @@ def config_problems(found: BaseCheckpoint) -> Iterator[Problem]:
     """Yield what the config says and no loader can find in the tensors."""
     yield from _vocabulary_problems(found)
     yield from _head_problems(found)
+    yield from shape_problems(found)
 
 
 def config_notes(found: BaseCheckpoint) -> Iterator[str]:
@@ -52,8 +53,8 @@ def _vocabulary_problems(found: BaseCheckpoint) -> Iterator[Problem]:
         for name, at in found.tensors.items()
         if is_embedding(name) and len(at.shape) == 2 and DTYPES[at.dtype].is_mergeable
     }
-    inputs = [name for name in rows if module_of(name) in _INPUTS]
-    if sizes and inputs and max(rows.values()) < min(sizes) and not _is_quantised(found.config):
+    inputs = [name for name in rows if module_of(name) in INPUT_MODULES]
+    if sizes and inputs and max(rows.values()) < min(sizes) and not is_quantised(found.config):
         name = max(inputs, key=lambda name: rows[name])
         hint = f"{CONFIG_NAME} is of another vocabulary: set vocab_size to {rows[name]}, or take the right file"
         yield Problem(name, f"{min(sizes)} rows or more, by vocab_size in {CONFIG_NAME}", f"{rows[name]}", hint)
@@ -62,7 +63,7 @@ def _vocabulary_problems(found: BaseCheckpoint) -> Iterator[Problem]:
 def _head_problems(found: BaseCheckpoint) -> Iterator[Problem]:
     """Yield that the output projection is neither stored nor tied to the input embedding."""
     config = found.config
-    if not _is_untied(config) or _is_quantised(config) or (found.is_directory and _is_embedder(found)):
+    if not _is_untied(config) or is_quantised(config) or (found.is_directory and _is_embedder(found)):
         return
     tie = _find_tie(found, ModelConfig(config.text, {**config.fields, TIE_KEY: True}))
     # without a prefix it is the inner model alone, which was saved without a head
@@ -91,10 +92,6 @@ def _is_embedder(found: BaseCheckpoint) -> bool:
     return (found.root / _OF_EMBEDDERS).exists()
 
 
-def _is_quantised(config: ModelConfig) -> bool:
-    return any(fields.get("quantization_config") for _, fields in config.text_sides())
-
-
 def _find_tie(found: BaseCheckpoint, config: ModelConfig) -> Tie | None:
     try:
         return find_tie(config, DiskNames(found, ""))
@@ -103,7 +100,7 @@ def _find_tie(found: BaseCheckpoint, config: ModelConfig) -> Tie | None:
 
 
 def _dtype_notes(found: BaseCheckpoint) -> Iterator[str]:
-    if _is_quantised(found.config):
+    if is_quantised(found.config):
         return
     sides = (fields for _, fields in found.config.text_sides())
     stated = next((value for fields in sides for key in DTYPE_KEYS if (value := _dtype_name(fields.get(key)))), "")

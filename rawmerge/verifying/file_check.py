@@ -8,8 +8,10 @@ from typing import Any, Final
 
 from rawmerge.errors import MissingFileError, Problem, RefusedError, quote
 from rawmerge.formats.card_metadata import CARD_NAME
+from rawmerge.formats.shard_names import is_pickle
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 from rawmerge.formats.tokenizer_text import with_left_padding
+from rawmerge.formats.weight_map import INDEX_NAME, PICKLE_INDEX_NAME
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.inputs.comparison import same_bytes
 from rawmerge.inputs.identity import RECORD_NAME
@@ -18,9 +20,21 @@ from rawmerge.merge_options import ONCE
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.outcome import count_steps
 from rawmerge.output.record import record_text
+from rawmerge.output.shard_file import is_shard_file
 from rawmerge.output.side_files import MAX_TOKENIZER_CONFIG_BYTES, TOKENIZER_CONFIG, SideFile
 
 _MAX_TEXT_BYTES: Final = 128 * 2**20
+_INSPECT: Final = "`rawmerge inspect` on the output tells which it was made from, by its record"
+_FOLLOWS: Final = "it follows from base, adapter and options: one of them is another, or the record was edited"
+#: What a part of the record that is another probably comes from.
+_HINTS: Final = {
+    "base": _INSPECT,
+    "adapters": _INSPECT,
+    "tensors": _FOLLOWS,
+    "adapter_tensors": _FOLLOWS,
+    "history": f"the base's own {RECORD_NAME} was changed, removed or added since",
+    "options": "leave options out: they are taken from the record",
+}
 _FREE: Final = {"repo", "force", "device", "card"}
 
 
@@ -72,6 +86,8 @@ def _is_padded(path: Path, side: SideFile) -> bool:
 def file_notes(plan: MergePlan, found: BaseCheckpoint) -> Iterator[str]:
     """Yield a sentence on the files of an output that others made: they write configs anew, so nothing is wrong."""
     names = [*(file.name for file in plan.written_files), *(side.name for side in plan.side_files)]
+    if len(found.shards) == 1:  # which needs no index
+        names = [name for name in names if name not in {INDEX_NAME, PICKLE_INDEX_NAME}]
     if found.is_directory and (missing := [name for name in names if not (found.root / name).is_file()]):
         yield f"it lacks {', '.join(sorted(missing)[:8])}, which a merge by rawmerge has"
 
@@ -92,10 +108,11 @@ def record_problems(plan: MergePlan, record: Mapping[str, Any]) -> Iterator[Prob
         if record_options(record).get("order") == ONCE:  # their sum has none
             parts = {part: meaning for part, meaning in parts.items() if part not in {"adapters", "adapter_tensors"}}
         hint = "the same adapters in another order: name them as they were merged"
+    hints = {**_HINTS, **({"adapters": hint} if hint else {})}
     for part, meaning in parts.items():
         wanted, found = (_without_repo(document.get(part)) for document in (expected, record))
         if wanted != found:
-            yield Problem(f"{RECORD_NAME}: {part}", meaning, _other(wanted, found), hint if part == "adapters" else "")
+            yield Problem(f"{RECORD_NAME}: {part}", meaning, _other(wanted, found), hints[part])
 
 
 def _are_in_another_order(expected: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
@@ -129,12 +146,14 @@ def _without_repo(part: Any) -> Any:
 
 
 def _header_problems(plan: MergePlan, found: BaseCheckpoint) -> Iterator[Problem]:
-    headers = {shard.path.name: shard.header.text for shard in found.shards}
+    paths = {shard.path.name: shard.path for shard in found.shards}
     for shard in plan.shards:
-        if shard.name not in headers:
+        if shard.name not in paths:
             yield Problem(shard.name, "a shard of this name", "none")
-        elif headers[shard.name] != shard.header_text:
-            yield Problem(shard.name, "the base's header, or one with the same tensors in its order", "another header")
+        elif not is_shard_file(paths[shard.name], shard):
+            part = "table of tensors and places" if is_pickle(shard.name) else "header"
+            expected = f"the base's {part}, or one with the same tensors in its order"
+            yield Problem(shard.name, expected, f"another {part}")
 
 
 def _text_problems(path: Path, name: str, expected: bytes) -> Iterator[Problem]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from rawmerge.errors import Problem, RefusedError, quote
-from rawmerge.formats.weight_map import INDEX_NAME
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.inputs.tensor_source import read_small_file
 from rawmerge.output.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, MAX_TOLD, manifest_problems, parse_manifest
@@ -71,7 +70,7 @@ class FolderCheck:
         """Return the names of weights at the top of the folder that are not the output's."""
         if not self._found.is_directory:
             return []
-        own = {INDEX_NAME, *self._own_names(), *CHECKSUM_FILES}
+        own = {self._found.index_name, *self._own_names(), *CHECKSUM_FILES}
         names = sorted(path.name for path in self._found.root.iterdir() if not path.is_dir())
         return [
             name for name in names if name not in own and left_out_reason(name, 0) and not _OF_TRAINING.fullmatch(name)
@@ -84,5 +83,6 @@ class FolderCheck:
             self._unreadable = error.problems
         except ValueError as error:
             expected = "lines of a digest and a file's name in the folder, each once"
-            self._unreadable = (Problem(MANIFEST_NAME, expected, str(error)),)
+            hint = f"once the files are known to be right, make it anew: sha256sum * > {MANIFEST_NAME}"
+            self._unreadable = (Problem(MANIFEST_NAME, expected, str(error), hint),)
         return {}

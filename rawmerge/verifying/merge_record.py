@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from rawmerge.errors import Problem
 from rawmerge.inputs.identity import RECORD_NAME, read_record
-from rawmerge.merge_options import CHOICES, MergeOptions
+from rawmerge.merge_options import CHOICES, COMBINING, SERIAL, MergeOptions, settled_order
 
 #: Fields of `MergeOptions` by the record's names for them, and what the record calls an empty one.
 _RECORDED: Final = {
@@ -19,6 +19,8 @@ _RECORDED: Final = {
     "tokenizer": ("tokenizer", "base"),
     "moe_lora_b_layout": ("moe_lora_b_layout", "as marked"),
     "max_shard_size": ("max_shard_size", "as stored"),
+    "format": ("format", "safetensors"),
+    "like": ("like", ""),
     "order": ("order", "serial"),
     "replaced_by": ("replaced_by", 0),
     "combine": ("combine", ""),
@@ -53,13 +55,19 @@ class MergeRecord:
         for name, (field, empty) in _RECORDED.items():
             self._take(field, name, stated.get(name, empty) if isinstance(stated, dict) else empty, empty)
 
-    def options(self, given: Mapping[str, str | None]) -> MergeOptions:
+    def options(self, given: Mapping[str, str | int | float | None]) -> MergeOptions:
         """Return the choices by which the output is replayed: those given, else the record's, else the usual ones.
 
         A wrong base must not keep the replay from being made: it is what a verification is to find.
+
+        Raises:
+            PlanError: they do not go together.
         """
-        stated = {name: value for name, value in given.items() if value is not None}
-        return MergeOptions(**{**self._options, **stated}, force=True, card=self._has_card())
+        stated = settled_order({name: value for name, value in given.items() if value is not None})
+        recorded = self._options
+        if "combine" in stated or stated.get("order") == SERIAL:  # another way to make one of several than the record's
+            recorded = {name: value for name, value in recorded.items() if name not in {"order", *COMBINING}}
+        return MergeOptions(**{**recorded, **stated}, force=True, card=self._has_card())
 
     def notes(self) -> Iterator[str]:
         """Yield why a replay may differ from an output that is right."""

@@ -48,7 +48,7 @@ class OutputVerifier:
         self._record = MergeRecord(output)
         self._found, self._unreadable = _read(output.absolute())
 
-    def options(self, given: Mapping[str, str | None]) -> MergeOptions:
+    def options(self, given: Mapping[str, str | int | float | None]) -> MergeOptions:
         """Return the choices by which the output is replayed: those given, else its record's, else the usual ones."""
         return self._record.options(given)
 
