@@ -90,7 +90,7 @@ class _Combiner:
         self._is_once = options.order == ONCE
         self._places = places
         self._winner = places.index(options.replaced_by) if options.replaced_by else -1
-        self._changed = [set(_changed_sources(plan)) for plan in plans]
+        self._changed = [dict(_changed_sources(plan)) for plan in plans]
         self._weights = [plan.adapters[0].weight for plan in plans]
         self._ranks = [max(map(_rank, plan.steps()), default=0) for plan in plans]
         # a sum in floating point depends on its order, which must not be that in which adapters are named
@@ -114,9 +114,9 @@ class _Combiner:
         return ShardPlan(first.name, format_shard_header(entries, metadata), placed)
 
     def _combined(self, steps: Mapping[int, Step]) -> Step:
-        changing = {place: step for place, step in steps.items() if _changes(step)}
         if len(steps) < len(self._places):
-            self._check_copy(steps)
+            steps = self._with_tied(steps)
+        changing = {place: step for place, step in steps.items() if _changes(step)}
         if len(changing) < 2 and not (self._options.combine and self._is_weighed(changing)):
             return next(iter((changing or steps).values()))
         if all(isinstance(step, ReplaceTensor) for step in changing.values()):
@@ -143,17 +143,18 @@ class _Combiner:
     def _named(self, chosen: Iterable[int]) -> str:
         return " and ".join(str(self._places[place]) for place in chosen)
 
-    def _check_copy(self, steps: Mapping[int, Step]) -> None:
-        """Refuse a tensor that some adapters give a value of its own, if others change what it was tied to."""
+    def _with_tied(self, steps: Mapping[int, Step]) -> Mapping[int, Step]:
+        """Return the steps of a tensor that some adapters part from what it is tied to, with the others' on that.
+
+        Those that come later in a serial merge find the two apart, as they would in a merge of their own.
+        """
+        found = dict(steps)
         for place, step in steps.items():
             tied = (step.source.path, step.source.offset)
-            # those that come later find the two apart, as they would in a merge of their own
-            others = [at for at in range(len(self._places)) if at not in steps and (self._is_once or at < place)]
-            if both := [at for at in others if tied in self._changed[at]]:
-                found = f"a change of what it was tied to by {self._named(both)}, which would be lost in it"
-                hint = f"name adapter {self._places[place]} first, or merge them one after the other"
-                expected = f"adapter {self._places[place]} alone to change it"
-                self.problems.append(Problem(step.entry.name, expected, found, hint))
+            for at in range(len(self._places)):
+                if at not in steps and (self._is_once or at < place) and (own := self._changed[at].get(tied)):
+                    found[at] = replace(own, entry=replace(own.entry, name=step.entry.name))
+        return dict(sorted(found.items()))
 
     def _replaced(self, changing: Mapping[int, Step]) -> Step:
         step = next(iter(changing.values()))
@@ -224,12 +225,12 @@ class _Combiner:
             yield from step.updates
 
 
-def _changed_sources(plan: MergePlan) -> Iterator[tuple[str, int]]:
-    """Yield where the base tensors lie that a plan changes."""
+def _changed_sources(plan: MergePlan) -> Iterator[tuple[tuple[str, int], Step]]:
+    """Yield where the base tensors lie that a plan changes, and the steps."""
     for step in plan.steps():
         source = step.base if isinstance(step, ReplaceTensor) else step.source
         if source and _changes(step):
-            yield source.path, source.offset
+            yield (source.path, source.offset), step
 
 
 def _content(plan: MergePlan) -> tuple[list[str], str, float]:

@@ -20,6 +20,8 @@ from rawmerge.inputs.tensor_source import TensorSource
 
 #: Names that stacks of layers have where PEFT replicates them.
 _STACK: Final = re.compile(r"((?:[^.]+\.)*?(?:layers|layer|h))\.(0|[1-9][0-9]{0,8})\.(.+)")
+#: A model of more layers than that, for each of the base's, is a mistake or worse: each takes time and memory to plan.
+MOST_COPIES: Final = 100
 
 
 def layer_order(replication: Sequence[tuple[int, int]]) -> list[int]:
@@ -55,6 +57,9 @@ def _find_stack(base: BaseCheckpoint, order: Sequence[int]) -> str:
         hint = "layer_replication is merged for models of one stack of layers"
         raise PlanError(Problem("layer_replication", "one complete stack of layers in the base", found, hint))
     (stack, count), *_ = complete.items()
+    if len(order) > MOST_COPIES * count:
+        expected = f"at most {MOST_COPIES * count} layers, {MOST_COPIES} times the base's {count}"
+        raise PlanError(Problem("layer_replication", expected, f"{len(order)}", "is this the adapter's own base?"))
     if max(order) >= count:
         found = f"{count} layers under {stack!r}"
         raise PlanError(Problem("layer_replication", f"a base of at least {max(order) + 1} layers", found))

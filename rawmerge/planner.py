@@ -210,7 +210,7 @@ def _unlisted(base: BaseCheckpoint) -> Iterator[tuple[str, TensorSource]]:
     """Yield the tensors that the shards hold and the index does not list."""
     if base.weight_map:
         listed = base.weight_map.shard_by_tensor
-        yield from ((name, at) for shard in base.shards for name, at in shard.sources() if name not in listed)
+        yield from ((name, at) for each in base.contents for name, at in each.tensors if name not in listed)
 
 
 def _keep_or_cast(entry: TensorEntry, source: TensorSource) -> Step:

@@ -46,7 +46,9 @@ STATED: list[tuple[dict[str, Any], str]] = [
 NONE_STATED: list[tuple[dict[str, Any], str]] = [
     (LLAMA, "none"),
     ({**LLAMA, "dtype": None}, "none"),
-    ({**LLAMA, "dtype": {"": "bfloat16"}}, "none"),
+    ({**LLAMA, "dtype": {"": "bfloat16"}}, """'{"": "bfloat16"}'"""),
+    ({**LLAMA, "dtype": 5}, "'5'"),
+    ({**LLAMA, "dtype": None, "torch_dtype": [16] * 99}, f"'[{'16, ' * 19}16,'"),
     ({**LLAMA, "dtype": "float64"}, "'float64'"),
     (VISION, "none"),
 ]

@@ -118,6 +118,22 @@ def test_the_adapter_s_folder_goes_for_every_adapter(tmp_path: Path) -> None:
     assert "hf download org/lora --include 'pissa_init/*'" in remote["adapter_folder"].hint
 
 
+def test_a_folder_that_a_local_adapter_lacks_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    found = problems({**EXAMPLE, "adapter_name_or_path": "lora", "adapter_folder": "pissa_init"})
+    assert found.keys() == {"adapter_folder"}
+    assert "there is no 'lora/pissa_init'" in found["adapter_folder"].hint
+
+
+def test_a_weight_goes_behind_folder_and_revision(tmp_path: Path) -> None:
+    (tmp_path / "lora/inner").mkdir(parents=True)
+    table = {**EXAMPLE, "adapter_name_or_path": f"{tmp_path}/lora:0.5", "adapter_folder": "inner"}
+    assert llamafactory_job(table).adapters == (f"{tmp_path}/lora/inner:0.5",)
+    table = {**EXAMPLE, "adapter_name_or_path": "org/lora:0.5", "model_revision": "v2"}
+    assert llamafactory_job(table).adapters == ("org/lora@v2:0.5",)
+
+
 def test_the_revision_goes_to_what_is_not_on_this_machine(tmp_path: Path) -> None:
     table = {**EXAMPLE, "model_name_or_path": "org/base", "adapter_name_or_path": f"{tmp_path},org/lora"}
     assert llamafactory_job({**table, "model_revision": "main"}).base == "org/base"

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import pytest
+import torch
 
 import rawmerge.inputs.hub
 from rawmerge.errors import MissingFileError
 from rawmerge.inputs.hub import ResolvedSource, resolve_adapter, resolve_base
+from tests.builders import folder_bytes, lora_pair, random_tensor, write_adapter
 from tests.fake_hub import FakeHub
 
 RESOLVE = """
@@ -37,6 +39,11 @@ def resolve(kind, spec):
 
 outcomes = [resolve(*call) for call in json.loads(sys.argv[1])]
 print(json.dumps({"outcomes": outcomes, "imports_hub": "huggingface_hub" in sys.modules}))
+"""
+
+MERGE = """
+import sys, rawmerge
+rawmerge.merge_adapter(*sys.argv[1:])
 """
 
 # Leaves a listing of the whole repo in the cache, after which huggingface_hub itself refuses a part of it offline.
@@ -188,6 +195,41 @@ def test_adapters_of_other_formats_fetch_their_files_only(run: Runner) -> None:
     assert not run.hub.take_requests()
 
 
+def test_pickles_of_a_base_are_fetched_where_no_safetensors_stand_beside_them(run: Runner) -> None:
+    shards = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+    index = "pytorch_model.bin.index.json"
+    sharded = {index: index_of(*shards), **{name: name.encode() for name in shards}, "config.json": CONFIG}
+    single = {"pytorch_model.bin": b"pickle", "config.json": CONFIG, "tokenizer.json": b"tokens"}
+    both = {"model.safetensors": b"weights", "config.json": CONFIG}
+    others = {"optimizer.bin": b"o", "training_args.bin": b"t", "tf_model.h5": b"h", "pytorch_model.fp16.bin": b"f"}
+    run.hub.commit("org/sharded", {**sharded, **others, "pytorch_model.bin": b"another"})
+    run.hub.commit("org/single", {**single, **others})
+    run.hub.commit("org/bare", {"pytorch_model.bin": b"alone"})
+    run.hub.commit("org/both", {**both, **sharded, "pytorch_model.bin": b"twin"})
+    calls = [("base", f"org/{name}") for name in ("sharded", "single", "bare", "both")]
+    online = run(*calls)
+    expected = [sorted(sharded), sorted(single), ["pytorch_model.bin"], sorted(both)]
+    assert [outcome["files"] for outcome in online] == expected
+    run.hub.take_requests()
+    assert run(*calls, HF_HUB_OFFLINE="1") == online
+    assert not run.hub.take_requests()
+
+
+def test_a_pickled_repo_merges_as_its_files_do(run: Runner) -> None:
+    folder = run.folder / "local"
+    folder.mkdir()
+    torch.save({"q.weight": random_tensor((12, 8)), "k.weight": random_tensor((3, 8))}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_bytes(CONFIG)
+    adapter = write_adapter(run.folder / "adapter", lora_pair("q", 12, 8))
+    run.hub.commit("org/pickled", folder)
+    run.python(MERGE, "org/pickled", str(adapter), "from-hub")
+    run.python(MERGE, str(folder), str(adapter), "from-files")
+    one, other = (folder_bytes(run.folder / name) for name in ("from-hub", "from-files"))
+    assert one["model.safetensors"] == other["model.safetensors"]
+    assert sorted(one) == sorted(other)
+    assert "pytorch_model.bin" not in one
+
+
 def test_revision_pins_one_commit(run: Runner) -> None:
     old = run.hub.commit("org/base", {"model.safetensors": b"old", "config.json": CONFIG}, "v1")
     pull = run.hub.commit("org/base", {"model.safetensors": b"pull", "config.json": CONFIG}, "refs/pr/1")
@@ -226,6 +268,7 @@ REFUSED = {
     "org/absolute": ("base", "CheckpointError", "NoneType", ["plain", "/etc/x.safetensors"]),
     "org/garbage": ("base", "CheckpointError", "StrictJsonError", [INDEX]),
     "org/gap": ("base", "HubError", "NoneType", [f"{SHARDS[1]} in commit", "incomplete"]),
+    "org/pickles": ("base", "CheckpointError", "NoneType", ["plain", "../pytorch_model.bin"]),
 }  # fmt: skip
 
 
@@ -239,6 +282,7 @@ def test_refusals_name_the_repo_the_finding_and_a_way_out(run: Runner) -> None:
     run.hub.commit("org/absolute", {INDEX: index_of("/etc/x.safetensors"), "config.json": CONFIG})
     run.hub.commit("org/garbage", {INDEX: b"<html>", "config.json": CONFIG})
     run.hub.commit("org/gap", {INDEX: index_of(*SHARDS), SHARDS[0]: b"", "config.json": CONFIG})
+    run.hub.commit("org/pickles", {"pytorch_model.bin.index.json": index_of("../pytorch_model.bin")})
     outcomes = run(*((kind, spec) for spec, (kind, *_) in REFUSED.items()))
     for (spec, (_, error, cause, words)), outcome in zip(REFUSED.items(), outcomes, strict=True):
         assert (outcome.get("error"), outcome.get("cause")) == (error, cause), outcome

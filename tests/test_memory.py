@@ -181,6 +181,21 @@ def test_the_peak_of_many_threads_that_copy_too_is_below_the_predicted_one(
     assert 0.45 * peaks.predicted < peaks.measured < peaks.predicted
 
 
+@pytest.mark.parametrize("options", [(), ("--consume-base",), ("--combine", "average")], ids=" ".join)
+def test_the_peak_of_several_adapters_on_many_tensors_is_the_predicted_one(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Each adapter has a plan of its own before there is one for all: some 6 kB for a tensor and adapter."""
+    write_layers(tmp_path, layers=1500, shard_count=2, shape=(48, 64))
+    others = [tmp_path / f"adapter{number}" for number in range(3)]
+    for number, other in enumerate(others):
+        shutil.copytree(tmp_path / "adapter", other)
+        scaled = {name: tensor * (number + 2) for name, tensor in read_all(other).items()}
+        write_adapter(other, scaled, r=4)
+    peaks = told_peaks(tmp_path, *map(str, others), *options)
+    assert 0.8 * peaks.predicted < peaks.measured < 1.03 * peaks.predicted
+
+
 def expert_peak(folder: Path, is_fused: bool, *options: str) -> int:
     """Merge fused pairs of 24 experts (2816 x 2048 and 2048 x 1408) of one layer: some 415 MB of bfloat16."""
     experts, hidden, inner, rank = 24, 2048, 1408, 4

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import nn
 import rawmerge
 from rawmerge.errors import CheckpointError, InputChangedError, MissingFileError
 from tests.builders import (
+    PREFIX,
+    RANK,
     folder_bytes,
     layered_merge,
     lora_pair,
@@ -28,6 +31,7 @@ from tests.builders import (
     read_all,
     shard_name,
     write_adapter,
+    write_base,
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -143,6 +147,102 @@ def test_names_of_one_tensor_are_both_written(tmp_path: Path) -> None:
     rawmerge.merge_adapter(base, adapter, tmp_path / "out")
     after = read_all(tmp_path / "out")
     assert raw(after["lm_head.weight"]) == raw(after["model.embed_tokens.weight"]) == raw(shared)
+
+
+EMBEDDING, HEAD, Q = "model.embed_tokens", "lm_head", "model.layers.0.q_proj"
+WORDS = random_tensor((20, 8), torch.float32)
+TIED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "vocab_size": 20}
+
+
+def tied_bases(folder: Path) -> Paths:
+    """Return a base that ties its embeddings, and its pickled twin, which lists the tensor under both names."""
+    tensors = {f"{EMBEDDING}.weight": WORDS, f"{Q}.weight": random_tensor((12, 8), torch.float32)}
+    twin = write_bins(folder / "twin", [{**tensors, f"{HEAD}.weight": WORDS}])
+    (twin / "config.json").write_text(json.dumps(TIED))
+    return write_base(folder / "base", [tensors], TIED), twin
+
+
+def tied_adapter(folder: Path, kind: str) -> Path:
+    """Write an adapter on one side of the tie or on other modules; `copied` ones store the frozen tensor as well."""
+    seed = len(kind)
+    inner = {f"{PREFIX}{EMBEDDING}.lora_embedding_A": random_tensor((RANK, 20), torch.float32, seed)}
+    inner[f"{PREFIX}{EMBEDDING}.lora_embedding_B"] = random_tensor((8, RANK), torch.float32, seed)
+    outer = lora_pair(HEAD, 20, 8)
+    rows = {f"{PREFIX}{EMBEDDING}.token_adapter.trainable_tokens_delta": random_tensor((2, 8), torch.float32, 5)}
+    tensors = {
+        "input": inner,
+        "input copied": inner | {f"{PREFIX}{EMBEDDING}.base_layer.weight": WORDS.clone()},
+        "output": outer,
+        "output copied": outer | {f"{PREFIX}{HEAD}.base_layer.weight": WORDS.clone()},
+        "whole output": {f"{PREFIX}{HEAD}.weight": random_tensor((20, 8), torch.float32, 8)},
+        "rows": lora_pair(Q, 12, 8) | rows,
+    }
+    fields: dict[str, Any] = {"rows": {"trainable_token_indices": [3, 7]}, "whole output": {"modules_to_save": [HEAD]}}
+    return write_adapter(folder / kind, tensors[kind], **fields.get(kind, {}))
+
+
+TIED_KINDS = ("input", "input copied", "output", "output copied", "whole output", "rows")
+
+
+@pytest.mark.parametrize("order", ["serial", "once"])
+@pytest.mark.parametrize("kinds", list(permutations(TIED_KINDS, 2)), ids=" then ".join)
+def test_adapters_on_a_tied_base_go_together_as_on_its_safetensors_twin(
+    tmp_path: Path, kinds: tuple[str, str], order: str
+) -> None:
+    adapters = [tied_adapter(tmp_path, kind) for kind in kinds]
+    found: list[list[Any]] = []
+    for number, base in enumerate(tied_bases(tmp_path)):
+        try:
+            rawmerge.merge_adapter(base, adapters, tmp_path / f"out{number}", order=order)
+        except rawmerge.RefusedError as error:
+            found.append([(problem.subject, problem.expected, problem.found) for problem in error.problems])
+        else:
+            found.append([(name, raw(tensor)) for name, tensor in sorted(read_all(tmp_path / f"out{number}").items())])
+            found[-1].append(json.loads((tmp_path / f"out{number}/config.json").read_text()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("second", ["input", "input copied", "whole output"])
+def test_rows_reach_the_output_that_a_later_adapter_parts_from_them(tmp_path: Path, second: str) -> None:
+    adapters = [tied_adapter(tmp_path, kind) for kind in ("rows", second)]
+    head = WORDS.clone()
+    head[[3, 7]] = read_all(adapters[0])[f"{PREFIX}{EMBEDDING}.token_adapter.trainable_tokens_delta"]
+    if second == "whole output":
+        head = read_all(adapters[1])[f"{PREFIX}{HEAD}.weight"]
+    for base in tied_bases(tmp_path):
+        rawmerge.merge_adapter(base, adapters, tmp_path / f"out-{base.name}")
+        assert raw(read_all(tmp_path / f"out-{base.name}")[f"{HEAD}.weight"]) == raw(head)
+
+
+def test_a_tied_tensor_of_a_known_family_is_written_once(tmp_path: Path) -> None:
+    base, twin = tied_bases(tmp_path)
+    rawmerge.merge_adapter(twin, write_adapter(tmp_path / "adapter", lora_pair(Q, 12, 8)), tmp_path / "out")
+    assert set(read_all(tmp_path / "out")) == set(read_all(base))
+    assert json.loads((tmp_path / "out/config.json").read_text()) == TIED
+
+
+def aliased(folder: Path) -> Path:
+    """Write a base of a class of its own, whose input and output are one storage."""
+    shared = WORDS.clone()
+    base = write_bins(folder / "base", [{"body.w.weight": shared, "head.weight": shared}])
+    (base / "config.json").write_text(json.dumps(TIED | {"model_type": "own", "architectures": ["OwnLMHeadModel"]}))
+    return base
+
+
+def test_trained_rows_reach_all_names_of_a_tensor(tmp_path: Path) -> None:
+    rows = random_tensor((2, 8), torch.float32, 5)
+    tensors = {f"{PREFIX}body.w.token_adapter.trainable_tokens_delta": rows}
+    adapter = write_adapter(tmp_path / "adapter", tensors, trainable_token_indices={"w": [3, 7]})
+    rawmerge.merge_adapter(aliased(tmp_path), adapter, tmp_path / "out")
+    expected, after = WORDS.clone(), read_all(tmp_path / "out")
+    expected[[3, 7]] = rows
+    assert raw(after["head.weight"]) == raw(after["body.w.weight"]) == raw(expected)
+
+
+def test_a_delta_on_one_name_of_a_tied_tensor_is_refused(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", lora_pair("head", 20, 8))
+    with pytest.raises(rawmerge.RefusedError, match=r"'head\.weight'.*tied embeddings in OwnLMHeadModel"):
+        rawmerge.merge_adapter(aliased(tmp_path), adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,14 @@ def test_each_copy_of_a_layer_gets_its_own_delta(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 4
 
 
+def test_more_copies_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    pair = lora_pair("model.layers.0.q_proj", 12, 8)
+    many = write(tmp_path / "many", layers(), LLAMA, pair, layer_replication=[[0, 2]] * 101)
+    refuse(tmp_path, "expected at most 200 layers, 100 times the base's 2, found 202", many)
+    most = write(tmp_path / "most", layers(), LLAMA, pair, layer_replication=[[0, 2]] * 100)
+    assert len(rawmerge.plan_merge(*most).shards[0].steps) == 200
+
+
 BAD_STACKS: dict[str, tuple[Tensors, str]] = {
     "too few layers": (layers(1), r"a base of at least 2 layers, found 1 layers under 'model\.layers'"),
     "two stacks": (layers() | layers(stack="vision.layers"), r"found model\.layers, vision\.layers(.|\n)*one stack"),

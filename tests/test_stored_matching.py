@@ -10,7 +10,7 @@ import torch
 
 import rawmerge
 from rawmerge.errors import RefusedError
-from tests.builders import PREFIX, lora_pair, merged, random_tensor, raw, read_all, write_adapter, write_base
+from tests.builders import PREFIX, RANK, lora_pair, merged, random_tensor, raw, read_all, write_adapter, write_base
 
 Q, EMBEDDING, HEAD = "model.layers.0.q_proj", "model.embed_tokens.weight", "lm_head.weight"
 Tensors = dict[str, torch.Tensor]
@@ -172,6 +172,45 @@ def test_a_frozen_embedding_unlike_the_base_s_is_refused_but_by_force(tmp_path: 
     refuse(tmp_path, says, stored)
     found = merge(tmp_path, stored, options={"force": True})
     assert raw(found[EMBEDDING]) == raw(torch.ones(20, 8))
+
+
+def embedding_adapter(folder: Path, seed: int) -> Path:
+    """Write a LoRA on the input embedding that brings the frozen embedding, as PEFT stores it."""
+    pair = {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": random_tensor((RANK, 20), torch.float32, seed),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": random_tensor((8, RANK), torch.float32, seed),
+    }
+    copy = {f"{PREFIX}model.embed_tokens.base_layer.weight": base_tensors()[EMBEDDING]}
+    return write_adapter(folder, pair | copy)
+
+
+def test_a_frozen_copy_over_an_earlier_merge_s_delta_is_refused_with_what_would_be_lost(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", [base_tensors()], LLAMA)
+    first, second = embedding_adapter(tmp_path / "first", 1), embedding_adapter(tmp_path / "second", 2)
+    rawmerge.merge_adapter(base, first, tmp_path / "merged")
+    with pytest.raises(RefusedError) as refusal:
+        rawmerge.plan_merge(tmp_path / "merged", second)
+    (problem,) = refusal.value.problems
+    assert "changed in this tensor is lost" in problem.hint
+    assert "rawmerge merge BASE FIRST SECOND" in problem.hint
+    forced = rawmerge.plan_merge(tmp_path / "merged", second, force=True)
+    assert any("taken by force" in note and "is lost" in note for note in forced.notes)
+
+
+def test_a_frozen_copy_over_an_earlier_merge_s_few_rows_is_told(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", [base_tensors()], LLAMA)
+    rows = {f"{PREFIX}{ROWS}": torch.full((1, 8), 9.0), **lora_pair(Q, 12, 8)}
+    first = write_adapter(tmp_path / "first", rows, trainable_token_indices={"embed_tokens": [7]})
+    rawmerge.merge_adapter(base, first, tmp_path / "merged")
+    plain = write_adapter(tmp_path / "plain", lora_pair(Q, 12, 8, seed=3))
+    rawmerge.merge_adapter(base, plain, tmp_path / "other")
+    second = embedding_adapter(tmp_path / "second", 2)
+    told = [
+        [note for note in rawmerge.plan_merge(tmp_path / name, second).notes if "is lost" in note]
+        for name in ("merged", "other", "base")
+    ]
+    assert [len(notes) for notes in told] == [1, 0, 0]
+    assert "merge both adapters at once" in told[0][0]
 
 
 def test_the_part_of_a_fused_tensor_is_not_replaced(tmp_path: Path) -> None:

@@ -85,6 +85,51 @@ def test_a_checkpoint_that_loads_raises_no_alarm(tmp_path: Path, case: str) -> N
     assert (made.findings, made.notes) == ((), ("base and adapter were not given: values were not looked at",))
 
 
+DEEP: dict[str, tuple[dict[str, Any], str]] = {  # of two layers and a width of 8: what else a config says, and why
+    "as stated": ({"num_hidden_layers": 2, "hidden_size": 8}, ""),
+    "a layer that predicts a further token": ({"num_hidden_layers": 1, "num_nextn_predict_layers": 1}, ""),
+    "a list of layers": ({"num_hidden_layers": 5, "layer_types": ["full_attention"] * 2}, ""),
+    "narrow embeddings": ({"hidden_size": 64, "embedding_size": 8}, ""),
+    "a nested text model": ({"text_config": {"num_hidden_layers": 2, "hidden_size": 8}}, ""),
+    "another tower": ({"num_hidden_layers": 5, "vision_config": {"num_hidden_layers": 2}}, ""),
+    "code of its own": ({"num_hidden_layers": 5, "hidden_size": 9, "auto_map": {"AutoModel": "m.M"}}, ""),
+    "an unknown family": ({"num_hidden_layers": 5, "hidden_size": 9, "model_type": "of_my_own"}, ""),
+    "sublayers": ({"num_hidden_layers": 4, "model_type": "dory"}, ""),
+    "quantised": ({"hidden_size": 9, "quantization_config": {"bits": 4}}, ""),
+    "no numbers": ({"num_hidden_layers": "2", "hidden_size": True}, ""),
+    "too many": ({"num_hidden_layers": 1}, "1 layers, by num_hidden_layers in config.json"),
+    "too few": ({"text_config": {"num_hidden_layers": 3}}, "3 layers, by num_hidden_layers in config.json"),
+    "wider": ({"hidden_size": 64}, "64 columns, by hidden_size in config.json"),
+    "as wide as it sees": (
+        {"hidden_size": 64, "vision_config": {"hidden_size": 8}},
+        "64 columns, by hidden_size in config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_depth_and_width_are_findings_where_the_config_has_no_other_place_for_them(tmp_path: Path, case: str) -> None:
+    fields, expected = DEEP[case]
+    tensors = {**weights(), "model.layers.1.q_proj.weight": random_tensor((12, 8), seed=2)}
+    made = verify(tmp_path / "out", tensors, **fields)
+    assert [finding.expected for finding in made.findings] == [expected] * bool(expected)
+    assert all("config.json is of another model" in finding.hint for finding in made.findings)
+    assert verify_file(tmp_path / "out/model.safetensors").findings == ()
+
+
+def verify_file(path: Path) -> rawmerge.Verification:
+    """Verify a file alone, which may be one of several."""
+    return rawmerge.verify_merge(path)
+
+
+def test_a_config_of_ten_thousand_text_models_takes_no_time(tmp_path: Path) -> None:
+    sides = {f"predict_{number}": number + 100 for number in range(20_000)}
+    fields = {"num_hidden_layers": 77, **sides, "text_config": {"num_hidden_layers": 78, "decoder": sides}}
+    for _ in range(40):
+        fields = {"num_hidden_layers": 77, "text_config": fields}
+    assert verify(tmp_path / "out", weights(), **fields).findings == ()
+
+
 def test_an_embedder_of_sentence_transformers_needs_no_head(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/modules.json").write_text("[]")

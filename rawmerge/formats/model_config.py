@@ -5,16 +5,19 @@ Source: transformers 5.24 `configuration_utils.py` (`dtype`, once `torch_dtype`;
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rawmerge.errors import CheckpointError, Problem
+from rawmerge.errors import CheckpointError, Problem, quote
 from rawmerge.formats.config_text import insert_values, replace_values
 from rawmerge.formats.strict_json import StrictJsonError, parse_json_object
 
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")
+_MEND: Final = "mend it, or take the file anew from where the model came from"
 _PLAIN_DTYPES: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
+_MAX_SHOWN: Final = 80
 TIE_KEY: Final = "tie_word_embeddings"
 #: Lfm2's checkpoints call it `tie_embedding`, and that name wins.
 _TIE_KEYS: Final = (TIE_KEY, "tie_embedding")
@@ -108,6 +111,13 @@ class ModelConfig:
         return next((value.removeprefix("torch.") for value in stated if isinstance(value, str)), "")
 
     @property
+    def odd_dtype(self) -> str:
+        """What stands in place of a dtype's name, as JSON; an empty string for nothing."""
+        stated = (fields.get(key) for _, fields in self.text_sides() for key in DTYPE_KEYS)
+        found = next((value for value in stated if value is not None), None)
+        return "" if found is None else quote(json.dumps(found)[:_MAX_SHOWN])
+
+    @property
     def model_types(self) -> frozenset[str]:
         """The `model_type` of this config and of those nested in it, such as an encoder's and a decoder's."""
         return frozenset(_model_types(self.fields))
@@ -132,7 +142,7 @@ def parse_model_config(raw: bytes, path: str) -> ModelConfig:
         # transformers below 5 wrote infinite fields, such as Mamba2's time_step_limit, as Infinity
         fields = parse_json_object(raw, allows_infinity=True)
     except StrictJsonError as error:
-        raise CheckpointError(Problem(path, "a config of strict JSON", str(error))) from error
+        raise CheckpointError(Problem(path, "a config of strict JSON", str(error), _MEND)) from error
     return ModelConfig(raw.decode(), fields)
 
 

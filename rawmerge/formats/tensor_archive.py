@@ -13,10 +13,8 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
-from math import prod
 from typing import IO, Final, cast
 
-from rawmerge.dtypes import DTYPES
 from rawmerge.errors import AdapterError, Problem
 from rawmerge.formats.tensor_pickle import MAX_PICKLE_BYTES, PickledTensor, parse_tensor_pickle
 
@@ -165,12 +163,10 @@ def _root(members: Mapping[str, _Member], path: str) -> str:
 def _locate(name: str, tensor: PickledTensor, members: Mapping[str, _Member], root: str, path: str) -> ArchivedTensor:
     storage = tensor.storage
     member = members.get(f"{root}/data/{storage.key}")
-    width = DTYPES[storage.dtype].bits // 8
-    if member is None or member.size != storage.element_count * width:
+    if member is None or member.size != storage.byte_count:
         found = "none" if member is None else f"{member.size} bytes"
         raise _broken(f"{path}: {name}", f"a storage of {storage.element_count} elements of {storage.dtype}", found)
-    offset = member.offset + tensor.first * width
-    return ArchivedTensor(name, storage.dtype, tensor.shape, offset, prod(tensor.shape) * width)
+    return ArchivedTensor(name, tensor.dtype, tensor.shape, member.offset + tensor.offset, tensor.byte_count)
 
 
 def _check_disjoint(tensors: tuple[ArchivedTensor, ...], path: str) -> None:

@@ -27,7 +27,8 @@ from rawmerge.matching.module_matching import ModuleMatcher
 from rawmerge.matching.naming import NameResolver
 from rawmerge.matching.row_matching import RowMatcher
 from rawmerge.matching.stored_matching import StoredMatcher
-from rawmerge.matching.tied_embeddings import TieSettlement, check_unknown_tie, find_tie
+from rawmerge.matching.tie import find_tie
+from rawmerge.matching.tied_embeddings import TieSettlement, check_unknown_tie
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.matching.untouched import absent_note, untouched_note
 from rawmerge.matching.vocabulary import check_vocabulary

@@ -17,7 +17,7 @@ from rawmerge.matching.module_tensors import ModuleTensors, group_by_module, hal
 from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
 from rawmerge.matching.square_layout import lies_as
-from rawmerge.matching.tied_embeddings import Tie
+from rawmerge.matching.tie import Tie
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.merge_options import MergeOptions
 from rawmerge.methods import ADAPTER_KINDS

@@ -20,7 +20,7 @@ from rawmerge.inputs.comparison import same_values
 from rawmerge.matching.ledger import Ledger
 from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
-from rawmerge.matching.tied_embeddings import Tie
+from rawmerge.matching.tie import Tie
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.merge_plan import Update
 from rawmerge.methods.interface import ModuleFacts, ShapeMismatchError

@@ -16,12 +16,13 @@ from rawmerge.formats.adapter_config import is_saved_module
 from rawmerge.formats.adapter_fields import changes_base
 from rawmerge.formats.adapter_names import AdapterTensorName
 from rawmerge.inputs.comparison import same_values, sample_rows_equal
+from rawmerge.inputs.identity import RECORD_NAME, merged_adapters, read_record
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.embedding_names import EMBEDDINGS
 from rawmerge.matching.ledger import Addition, Ledger
 from rawmerge.matching.naming import NameResolver, Resolution, Target
 from rawmerge.matching.places import Place
-from rawmerge.matching.tied_embeddings import Tie
+from rawmerge.matching.tie import Tie
 from rawmerge.matching.unmatched import Unmatched
 from rawmerge.matching.vocabulary import is_of_vocabulary
 from rawmerge.merge_options import OVERLAY
@@ -33,6 +34,9 @@ _SAMPLED_ROWS: Final = 64
 _LIKENESS: Final = 0.5
 #: Modules whose rows are labels, of which an adapter may have others than the base.
 _HEADS: Final = frozenset({"score", "classifier", "classification_head", "qa_outputs"})
+#: What becomes of an earlier merge's change of an embedding of which a later adapter brings its frozen copy.
+_LOSS: Final = f"what the merge told in the base's {RECORD_NAME} changed in this tensor is lost"
+_AT_ONCE: Final = "merge both adapters at once into the base of before: rawmerge merge BASE FIRST SECOND"
 
 
 @dataclass(slots=True)
@@ -231,20 +235,35 @@ class StoredMatcher:
             return None
         coarser = max((source.dtype, base.dtype), key=_PRECISION.index)
         share = sample_rows_equal(source, base, _SAMPLED_ROWS, coarser)
+        is_merged = bool(merged_adapters(read_record(self.ledger.base.root).fields))
         if share >= _LIKENESS:
+            if is_merged and not _is_same(source, base, coarser):
+                self.ledger.notes.append(f"{quote(name.text)} replaces the base's: {_LOSS}; {_AT_ONCE}")
             return None
+        return self._unlike(name, f"{share:.0%} of {_SAMPLED_ROWS} sampled rows equal", is_merged=is_merged)
+
+    def _unlike(self, name: AdapterTensorName, found: str, *, is_merged: bool) -> Problem | None:
+        """Return the refusal of a frozen embedding that is not the base's; a note instead where it is forced."""
         expected = "rows equal to the base's, for they were frozen in training"
-        found = f"{share:.0%} of {_SAMPLED_ROWS} sampled rows equal"
         if self.is_forced:
-            self.ledger.notes.append(f"{quote(name.text)}: expected {expected}, found {found}; taken by force")
+            loss = f": {_LOSS}" if is_merged else ""
+            self.ledger.notes.append(f"{quote(name.text)}: expected {expected}, found {found}; taken by force{loss}")
             return None
         hint = "the adapter was trained on another base; --force takes its embedding all the same"
+        if is_merged:
+            hint = f"{_AT_ONCE}. --force takes the adapter's embedding all the same: {_LOSS}"
         return Problem(name.text, expected, found, hint)
 
     def _is_head(self, name: AdapterTensorName) -> bool:
         """Whether the tensor is of a classification head, whose rows are labels."""
         is_saved = is_saved_module(self.ledger.adapter.config, name.module_path)
         return is_saved and not _HEADS.isdisjoint(name.module_path.split("."))
+
+
+def _is_same(source: TensorSource, base: TensorSource, dtype: str) -> bool:
+    """Whether the rows that both have are the same, rounded to a dtype."""
+    common = min(source.shape[0], base.shape[0])
+    return same_values(source.rows(0, common), base.rows(0, common), dtype)
 
 
 class _LikeShape:

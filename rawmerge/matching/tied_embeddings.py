@@ -12,103 +12,24 @@ Source: transformers 5.23, `_tied_weights_keys` of the causal language models; P
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Set
+from dataclasses import replace
 from typing import Final
 
 from rawmerge.errors import PlanError, Problem, UnsupportedAdapterError, quote
 from rawmerge.formats.model_config import ModelConfig
 from rawmerge.inputs.comparison import same_transposed, same_values
 from rawmerge.inputs.tensor_source import TensorSource
-from rawmerge.matching.disk_names import DiskNames
 from rawmerge.matching.embedding_names import INPUT_EMBEDDINGS, module_of
 from rawmerge.matching.ledger import Addition, Ledger
-from rawmerge.matching.places import Place, whole
+from rawmerge.matching.tie import OUTPUT_EMBEDDING, Tie, has_output
 from rawmerge.merge_plan import Update
 
-OUTPUT_EMBEDDING: Final = "lm_head.weight"
 #: Names of input embeddings in families whose ties are not followed.
 _UNUSUAL_INPUTS: Final = frozenset({"embeddings", "embedding", "word_embedding", "input_embedding", "emb", "w"})
 #: Embeddings of something else than tokens have no output projection.
 _NO_TOKENS: Final = re.compile(r"position|wpe|pos_emb|token_type|segment|type_emb")
-#: Classes with an output projection end so; others, such as encoders and classifiers, have nothing to tie.
-_WITH_OUTPUT: Final = (
-    "ForCausalLM",
-    "LMHeadModel",
-    "ForMaskedLM",
-    "ForPreTraining",
-    "ForConditionalGeneration",
-    "ForSpeechSeq2Seq",
-    "LMHead",
-)
-_CAUSAL: Final = ("ForCausalLM", "LMHeadModel")
-#: Causal models whose output projection is not `lm_head.weight`.
-_OTHER_OUTPUT: Final = frozenset({"biogpt", "trocr", "whisper", "gpt_neox_japanese", "modernbert-decoder"})
-_WORD_EMBEDDINGS_FAMILIES: Final = frozenset({"bloom", "falcon"})
-#: Input embeddings of text models inside others, whose output projection is `lm_head` for certain.
-_NESTED_INPUT: Final = re.compile(r"(model\.)?language_model\.(model\.)?embed_tokens\.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class Tie:
-    """A base whose loaders use its input embedding as output projection.
-
-    Attributes:
-        input: the input embedding on disk.
-        output: the name that the output projection has on disk, or gets there.
-        is_certain: whether that name is known; if not, the tie cannot be undone.
-        is_written: whether the disk holds the output projection beside the tie.
-        model: what to call the model in messages.
-    """
-
-    input: str
-    output: str
-    is_certain: bool
-    is_written: bool
-    model: str
-
-    def place_of(self, canonical_name: str, ledger: Ledger) -> Place | None:
-        """Return the place of the output projection, if that is what the name means and the disk lacks it."""
-        if canonical_name != OUTPUT_EMBEDDING or self.is_written or not self.is_certain:
-            return None
-        return whole(self.output, ledger.shape_of(self.output if self.output in ledger.additions else self.input))
-
-
-def find_tie(config: ModelConfig, names: DiskNames) -> Tie | None:
-    """Return the base's tie, None where nothing is tied."""
-    inputs = [name for name in names.tensors if module_of(name) in INPUT_EMBEDDINGS]
-    if not config.ties_embeddings or not inputs or not _has_output(config, inputs):
-        return None
-    ranked = sorted(inputs, key=lambda name: (name.count("."), len(name)))
-    name = next((name for name in ranked if _has_plain_head(config, name)), ranked[0])
-    output = _output_name(name, names)
-    model = ", ".join(config.architectures) or "an unnamed architecture"
-    return Tie(name, output, _has_plain_head(config, name), output in names.tensors, model)
-
-
-def _has_output(config: ModelConfig, inputs: Iterable[str]) -> bool:
-    is_shared = any(module_of(name) == "shared" for name in inputs)  # between encoder and decoder
-    return is_shared or not config.architectures or any(name.endswith(_WITH_OUTPUT) for name in config.architectures)
-
-
-def _has_plain_head(config: ModelConfig, name: str) -> bool:
-    """Whether the tied output projection is the model's `lm_head` for certain."""
-    is_causal = any(architecture.endswith(_CAUSAL) for architecture in config.architectures)
-    if config.model_type in _WORD_EMBEDDINGS_FAMILIES:
-        return is_causal and module_of(name) == "word_embeddings"
-    is_plain = module_of(name) in {"embed_tokens", "wte", "tokens_embed"} and config.model_type not in _OTHER_OUTPUT
-    is_nested = bool(_NESTED_INPUT.fullmatch(name)) and any(
-        architecture.endswith("ForConditionalGeneration") for architecture in config.architectures
-    )
-    return is_plain and (is_causal or is_nested)
-
-
-def _output_name(input_name: str, names: DiskNames) -> str:
-    """Return the output projection's name on disk: where the disk has it, else in the disk's own style."""
-    if places := names.places.get(OUTPUT_EMBEDDING):
-        return places[0].name
-    is_old_style = input_name.startswith("language_model.model.")
-    return f"language_model.{OUTPUT_EMBEDDING}" if is_old_style else OUTPUT_EMBEDDING
 
 
 def check_unknown_tie(config: ModelConfig, tie: Tie | None, ledger: Ledger) -> None:
@@ -123,10 +44,39 @@ def check_unknown_tie(config: ModelConfig, tie: Tie | None, ledger: Ledger) -> N
     stored = {name for name in tables if module_of(name) in {*_UNUSUAL_INPUTS, *INPUT_EMBEDDINGS}}
     heads = {name for name in ledger.additions if name.endswith(OUTPUT_EMBEDDING)}
     known = {tie.input, tie.output} if tie else set()  # these are settled
-    changed = sorted(name for name in (ledger.embeddings | stored | heads) - known if not _NO_TOKENS.search(name))
-    if changed and config.ties_embeddings and _has_output(config, changed):
+    aliased = _spread_rows(ledger, known)
+    listed = (ledger.embeddings | stored | heads | aliased) - known
+    changed = sorted(name for name in listed if not _NO_TOKENS.search(name))
+    if changed and config.ties_embeddings and has_output(config, changed):
         model = ", ".join(config.architectures) or "an unnamed architecture"
         raise UnsupportedAdapterError(_unknown_head(changed[0], model))
+
+
+def _spread_rows(ledger: Ledger, known: Set[str]) -> set[str]:
+    """Give trained rows to all names of a tensor that files of torch.save hold under several.
+
+    Args:
+        ledger: where they are written.
+        known: names that are not looked at.
+
+    Returns:
+        embeddings and what shares their bytes, changed otherwise than by rows: then the names would part.
+    """
+    names: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for name, source in ledger.base.tensors.items():
+        names[source.path, source.offset, source.byte_count].append(name)
+    parted: set[str] = set()
+    for group in names.values():
+        is_embedding = any(module_of(name) in {*_UNUSUAL_INPUTS, *INPUT_EMBEDDINGS} for name in group)
+        changed = [name for name in group if ledger.updates.get(name) or ledger.is_stored(name)]
+        if len(group) < 2 or not is_embedding or not changed or not known.isdisjoint(group):
+            continue
+        updates = ledger.updates.get(changed[0], [])
+        if len(changed) == 1 and not ledger.is_stored(changed[0]) and all(at.kind == "token_rows" for at in updates):
+            ledger.updates.update({name: list(updates) for name in group})
+        else:
+            parted.add(changed[0])
+    return parted
 
 
 class TieSettlement:
@@ -144,7 +94,7 @@ class TieSettlement:
         is_both = self._changes(self._tie.input) and self._changes(self._tie.output)
         if self._ledger.adapter.config.ensure_weight_tying and is_both:
             return self._keep_tied()
-        if not self._tie.is_certain and (not self._stays_tied() or self._has_copies()):
+        if not self._tie.is_certain and not (self._stays_tied() and self._spread()):
             self._ledger.problems.add(UnsupportedAdapterError, [_unknown_head(self._tie.input, self._tie.model)])
             return False
         if self._tie.is_written:
@@ -165,13 +115,30 @@ class TieSettlement:
                     table[tie.output] = table[tie.input]
         if not self._changes(tie.output) or not self._is_stored(tie.output):
             self._inherit_rows()
+        if not stays:
+            self._write_biases()
         return not stays
 
-    def _has_copies(self) -> bool:
-        """Whether the disk holds the embedding under further names, which would have to change with it."""
-        tensors, name = self._ledger.base.tensors, self._tie.input
-        others = (other for other in tensors if other != name and module_of(other) in INPUT_EMBEDDINGS)
-        return any(tensors[other].shape == tensors[name].shape for other in others)
+    def _spread(self) -> bool:
+        """Change further copies of the embedding on disk as it is changed; return whether all of them are copies."""
+        ledger, name = self._ledger, self._tie.input
+        tensors = ledger.base.tensors
+        alike = [other for other in tensors if tensors[other].shape == tensors[name].shape]
+        others = [other for other in alike if other not in {name, self._tie.output}]
+        copies = [other for other in others if tensors[other].is_same_place(tensors[name]) or _is_input(other)]
+        if any(self._changes(other) or not self._is_copy(other) for other in copies):
+            return False
+        for copy in copies:
+            ledger.updates[copy] = list(ledger.updates.get(name, ()))
+            for table in (ledger.replacements, ledger.overlays):
+                if name in table:
+                    table[copy] = table[name]
+        return True
+
+    def _is_copy(self, name: str) -> bool:
+        tensors = self._ledger.base.tensors
+        other, own = tensors[name], tensors[self._tie.input]
+        return other.is_same_place(own) or same_values(other, own, self._dtype)
 
     def _is_stored(self, name: str) -> bool:
         return any(
@@ -266,6 +233,7 @@ class TieSettlement:
             if tie.input in ledger.overlays and not self._is_trained(tie.input):
                 ledger.overlays[tie.output] = ledger.overlays[tie.input]
         written = ledger.additions.setdefault(tie.output, Addition(source, tie.input, tie.input))
+        self._write_biases()
         shape = ledger.base.tensors[tie.input].shape if tie.input in ledger.overlays else ledger.shape_of(tie.input)
         if written.source.shape != shape:
             expected = f"as many rows as {quote(tie.input)} has now, {shape[0]}"
@@ -276,6 +244,19 @@ class TieSettlement:
             f"{tie.input!r} and the output projection that was tied to it differ now: {tie.output!r} is written, "
             "and tie_word_embeddings is false"
         )
+
+    def _write_biases(self) -> None:
+        """Write the biases that loaders tie as well, and leave untied from now on, as they are after the merge."""
+        ledger = self._ledger
+        for name, other in self._tie.biases:
+            source = ledger.replacements.get(other) or ledger.base.tensors[other]
+            if name not in ledger.additions:
+                ledger.additions[name] = Addition(source, other, other)
+                ledger.updates[name] = list(ledger.updates.get(other, ()))
+
+
+def _is_input(name: str) -> bool:
+    return module_of(name) in INPUT_EMBEDDINGS
 
 
 def _unknown_head(name: str, model: str) -> Problem:

@@ -45,6 +45,13 @@ def json_mutator(words: Iterable[str]) -> Mutator:
     return mutate
 
 
+#: Opcodes without an argument: marks, tuples, tables, names from the stack, memos, calls.
+PLAIN_OPCODES: Final = (
+    *(b"(", b"t", b"\x85", b"\x86", b"\x87", b"0", b"2", b"]", b"}", b"N", b"R", b"Q", b"u", b"s", b"e", b"a", b"b"),
+    *(b"\x93", b"\x94", b"\x8f", b"\x90", b"\x91", b"\x92", b"\x97", b"\x95" + bytes(8), b"\x95" + b"\xff" * 8),
+)
+
+
 def pickle_mutator(data: bytes, max_size: int, seed: int) -> bytes:
     """Change a pickle opcode by opcode; anything else byte by byte."""
     rng = random.Random(seed)
@@ -74,7 +81,7 @@ def _change_operations(operations: list[bytes], rng: random.Random) -> None:
         case 3:
             operations[place : place + 1] = taken[:1]
         case _:
-            operations.insert(place, rng.choice((b"(", b"t", b"\x85", b"\x86", b"\x87", b"0", b"2", b"]", b"}", b"N")))
+            operations.insert(place, rng.choice(PLAIN_OPCODES))
 
 
 def _odd(rng: random.Random) -> Any:

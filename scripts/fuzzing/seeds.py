@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 import warnings
+import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -165,7 +168,7 @@ def patterns(_: Path) -> list[bytes]:
 
 
 def pickles(_: Path) -> list[bytes]:
-    """Return pickles of torch.save, of one and two storages, and a whole archive."""
+    """Return pickles of torch.save, of one and two storages, in all protocols, and a whole archive."""
     storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
     hooks = b"\x89ccollections\nOrderedDict\n)R"
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\x02K\x02\x86K\x02K\x01\x86" + hooks + b"tR"
@@ -176,7 +179,23 @@ def pickles(_: Path) -> list[bytes]:
     state = b"u}X\x09\0\0\0_metadata}(X\x01\0\0\0aK\x01usb."
     small = byte.replace(b"K\x02K\x02\x86K\x02K\x01\x86", b"))")
     whole = checkpoints.archive(one, {"0": bytes(16)})
-    return [one, several + state, b"\x80\x02}X\x01\0\0\0a" + small + b"s.", whole, b"\x80\x02}."]
+    older = [one, several + state, b"\x80\x02}X\x01\0\0\0a" + small + b"s.", whole, b"\x80\x02}."]
+    return [*older, *_newer_pickles()]
+
+
+def _newer_pickles() -> Iterator[bytes]:
+    """Yield what torch.save makes in each protocol of tensors over storages of the sizes that the target has."""
+    import torch
+
+    storage, byte = torch.zeros(16, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    float8, wide = storage.view(torch.float8_e5m2), storage.view(torch.uint64)
+    plain = torch.nn.Parameter(storage.view(torch.float32))
+    states = {"a": float8[3:], "b": byte}, {"a": wide}, {"a": plain, "b": byte}
+    for protocol in (2, 4, 5):
+        for state in (*states, {"a": float8.view(torch.bits8)}):
+            whole = io.BytesIO()
+            torch.save(OrderedDict(state), whole, pickle_protocol=protocol)
+            yield zipfile.ZipFile(whole).read("archive/data.pkl")
 
 
 def plans(folder: Path) -> list[bytes]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import safetensors
 
-from fuzzing import checkpoints, seeds
+from fuzzing import checkpoints, named_only, seeds
 from fuzzing.mutators import Mutator, json_mutator, pickle_mutator
 from fuzzing.workplace import CONFIG, WEIGHTS, Workplace, WrongError, check_text
 from rawmerge.api import inspect_path, plan_merge, verify_merge
@@ -35,6 +35,8 @@ from rawmerge.run import run_plan
 STRICTER: Final = re.compile(
     r"occurs twice|to have dtype, shape and|list of sizes|countable shape|64 dimensions|4096 characters"
 )
+#: The pickle protocol that torch's safe reader knows.
+TORCH_PROTOCOL: Final = 2
 
 
 @dataclass(frozen=True)
@@ -173,15 +175,19 @@ def check_pickle(at: Workplace, data: bytes) -> None:
             raise WrongError(f"a tensor outside of the file: {source}")
     if found and content is not data:
         ours = {name: content[at.offset : at.offset + at.byte_count] for name, at in found.sources()}
-        _compare_with_torch(path, ours)
+        _compare_with_torch(path, ours, is_newer=data[1] > TORCH_PROTOCOL)
 
 
-def _compare_with_torch(path: Path, ours: dict[str, bytes]) -> None:
+def _compare_with_torch(path: Path, ours: dict[str, bytes], *, is_newer: bool) -> None:
     """Compare the tensors of a small archive that was made around a pickle with what torch loads of it."""
     import torch
 
+    # torch's own safe reader knows protocol 2 only; what is compared has passed rawmerge's, so names alone are a risk
+    options: dict[str, Any] = (
+        {"weights_only": False, "pickle_module": named_only} if is_newer else {"weights_only": True}
+    )
     try:
-        loaded = torch.load(path, weights_only=True, map_location="cpu")
+        loaded = torch.load(path, map_location="cpu", **options)
     except (pickle.UnpicklingError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError):
         return  # such as gradients of whole numbers: nothing is lost by reading it all the same
     theirs = {
