@@ -16,6 +16,7 @@ from itertools import chain
 from math import prod
 from typing import Final
 
+from rawmerge.adapter_order import own_order
 from rawmerge.combination import Combination, Task, combined, combined_factors, factors_reason
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import PlanError, Problem
@@ -32,7 +33,6 @@ from rawmerge.merge_plan import (
     Update,
     UpdateTensor,
 )
-from rawmerge.output.record import file_sha256
 from rawmerge.weighted_plan import is_scaled
 
 _OTHER_START: Final = "another tensor to start from"
@@ -94,7 +94,7 @@ class _Combiner:
         self._weights = [plan.adapters[0].weight for plan in plans]
         self._ranks = [max(map(_rank, plan.steps()), default=0) for plan in plans]
         # a sum in floating point depends on its order, which must not be that in which adapters are named
-        self._keys = [_content(plan) for plan in plans] if self._is_once else []
+        self._keys = own_order(plans) if self._is_once else []
 
     def shard(self, shards: Sequence[ShardPlan]) -> ShardPlan:
         """Return one shard's steps of all plans as one."""
@@ -231,16 +231,6 @@ def _changed_sources(plan: MergePlan) -> Iterator[tuple[tuple[str, int], Step]]:
         source = step.base if isinstance(step, ReplaceTensor) else step.source
         if source and _changes(step):
             yield (source.path, source.offset), step
-
-
-def _content(plan: MergePlan) -> tuple[list[str], str, float]:
-    """Return what an adapter is, wherever it lies.
-
-    Raises:
-        InputChangedError: its file is shorter than it was; OSError: it cannot be read.
-    """
-    adapter = plan.adapters[0]
-    return [file_sha256(file) for file in adapter.files], adapter.config_sha256, adapter.weight
 
 
 def _lost_rows(steps: Sequence[UpdateTensor]) -> str:

@@ -41,6 +41,7 @@ FLOORS = {
     "combination": 4,
     "window": 1,
     "combined_plan": 6,
+    "adapter_order": 5,
     "weighted_plan": 4,
     "planner": 7,
     "planning": 15,

@@ -383,13 +383,13 @@ def test_a_tied_input_embedding_is_untied_by_a_delta(tmp_path: Path) -> None:
 
 
 def test_a_tied_embedding_under_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    config = {"model_type": "own", "architectures": ["OwnForCausalLM"], "tie_word_embeddings": True}
     base = write_base(tmp_path / "base", [{"backbone.embeddings.weight": random_tensor((20, 8))}], config)
     pair = {
         f"{PREFIX}backbone.embeddings.lora_embedding_A": random_tensor((4, 20), torch.float32),
         f"{PREFIX}backbone.embeddings.lora_embedding_B": random_tensor((8, 4), torch.float32),
     }
-    with pytest.raises(UnsupportedAdapterError, match="tied embeddings in MambaForCausalLM"):
+    with pytest.raises(UnsupportedAdapterError, match="tied embeddings in OwnForCausalLM"):
         rawmerge.plan_merge(base, write_adapter(tmp_path / "adapter", pair))
 
 

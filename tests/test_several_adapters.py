@@ -12,10 +12,13 @@ import torch
 from click.testing import CliRunner
 
 import rawmerge
+from rawmerge.adapter_order import own_order
 from rawmerge.adapter_source import split_weight
 from rawmerge.cli import cli
 from rawmerge.computing.plain_pairs import find_pairs
 from rawmerge.errors import PlanError
+from rawmerge.merge_plan import InputFile
+from rawmerge.output.record import file_sha256
 from tests.builders import (
     ALPHA,
     PREFIX,
@@ -160,6 +163,27 @@ def test_subtracting_what_was_added_gives_the_base_back_in_exact_sums(tmp_path: 
     rawmerge.merge_adapter(base, path, tmp_path / "up", card=False)
     rawmerge.merge_adapter(tmp_path / "up", f"{path}:-1", tmp_path / "down", force=True, card=False)
     assert raw(read_all(tmp_path / "down")["w.weight"]) == raw(read_all(base)["w.weight"])
+
+
+def test_an_order_of_its_own_needs_no_more_of_the_files_than_tells_them_apart(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(file: InputFile) -> str:
+        read.append(file.byte_count)
+        return file_sha256(file)
+
+    monkeypatch.setattr("rawmerge.adapter_order.file_sha256", counted)
+    other = write_adapter(tmp_path / "other", lora_pair("wide", *SHAPES["wide"], rank=3), r=3)
+    same = [adapter(tmp_path / name, 1, ["wide"]) for name in ("a", "b")]
+    monkeypatch.setattr("rawmerge.adapter_order._LOOK", 64)
+    cases: list[tuple[list[Path | str], int]] = [([same[0], other], 0), ([same[0], f"{same[1]}:0.5"], 0)]
+    for named, wanted in (*cases, ([*same, other], 4)):
+        read.clear()
+        keys = own_order([rawmerge.plan_merge(base, path) for path in named])
+        assert len(read) == wanted
+        assert (len(set(map(repr, keys))) == len(keys)) == (wanted == 0)
 
 
 @pytest.mark.parametrize(
