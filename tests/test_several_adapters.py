@@ -179,7 +179,8 @@ def test_an_order_of_its_own_needs_no_more_of_the_files_than_tells_them_apart(
     same = [adapter(tmp_path / name, 1, ["wide"]) for name in ("a", "b")]
     monkeypatch.setattr("rawmerge.adapter_order._LOOK", 64)
     cases: list[tuple[list[Path | str], int]] = [([same[0], other], 0), ([same[0], f"{same[1]}:0.5"], 0)]
-    for named, wanted in (*cases, ([*same, other], 4)):
+    cases.append(([*same, other], 4))
+    for named, wanted in cases:
         read.clear()
         keys = own_order([rawmerge.plan_merge(base, path) for path in named])
         assert len(read) == wanted
