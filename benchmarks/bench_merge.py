@@ -30,6 +30,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="rounds; every row runs once in each (default: 5)")
     parser.add_argument("--with-peft", action="store_true", help="add a row through PEFT; needs the model in memory")
     parser.add_argument("--with-float64", action="store_true", help="add a row with --compute-dtype float64")
+    parser.add_argument("--with-several", action="store_true", help="add rows with three adapters, in both orders")
     parser.add_argument(
         "--with-peers", action="store_true", help="add PEFT, a loop over whole shards, and all known tools installed"
     )
@@ -59,6 +60,7 @@ def main() -> None:
             with_float64=options.with_float64,
             with_peft=options.with_peft,
             with_peers=options.with_peers,
+            with_several=options.with_several,
         )
     )
     try:

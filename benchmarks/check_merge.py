@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Final
 
@@ -63,15 +64,40 @@ def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (bits | is_inexact.int()).view(torch.float32).to(dtype)
 
 
-def expected_tensor(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Return the merged weight in its own dtype; the dtype of `lora_a` and `lora_b` is the compute dtype.
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What a merge is compared with.
 
-    Shapes:
-        weight: (out_features, in_features)
-        lora_a: (rank, in_features)
-        lora_b: (out_features, rank)
+    Attributes:
+        compute_dtype: dtype of the arithmetic.
+        weights: of the adapter, which is merged once with each.
+        is_once: the deltas are summed, in whatever order, and rounded once; else each result is rounded.
+        is_exact: every bit must be the formula's; else values may be off by one rounding.
     """
-    return round_once(weight.to(lora_a.dtype) + (lora_b @ lora_a) * scaling, weight.dtype)
+
+    compute_dtype: str = "float32"
+    weights: tuple[float, ...] = (1.0,)
+    is_once: bool = False
+    is_exact: bool = True
+
+    def expected(
+        self, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float
+    ) -> Iterator[torch.Tensor]:
+        """Yield what the merged weight may be, in its own dtype; `lora_a` and `lora_b` have the compute dtype.
+
+        Shapes:
+            weight: (out_features, in_features)
+            lora_a: (rank, in_features)
+            lora_b: (out_features, rank)
+        """
+        deltas = [(lora_b @ lora_a) * (scaling * own) for own in self.weights]
+        if not self.is_once:
+            for delta in deltas:
+                weight = round_once(weight.to(delta.dtype) + delta, weight.dtype)
+            yield weight
+            return
+        for ordered in permutations(deltas):
+            yield round_once(sum(ordered, weight.to(lora_a.dtype)), weight.dtype)
 
 
 def checked_modules(shape: CheckpointShape) -> Iterator[str]:
@@ -88,7 +114,7 @@ def check_kept(base: Checkpoint, output: Checkpoint, names: Iterable[str]) -> No
             raise WrongResultError(f"{name}: kept tensor differs from the base")
 
 
-def check_updated(directory: Path, output: Checkpoint, module_path: str, compute_dtype: str, is_exact: bool) -> None:
+def check_updated(directory: Path, output: Checkpoint, module_path: str, formula: Formula) -> None:
     """Raise unless the weight of `module_path` is the formula's and differs from the base's."""
     config = json.loads((directory / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     name = f"{module_path}.weight"
@@ -97,16 +123,18 @@ def check_updated(directory: Path, output: Checkpoint, module_path: str, compute
         read_tensor(
             directory / "adapter" / "adapter_model.safetensors",
             f"base_model.model.{module_path}.{factor}.weight",
-        ).to(COMPUTE_DTYPES[compute_dtype])
+        ).to(COMPUTE_DTYPES[formula.compute_dtype])
         for factor in ("lora_A", "lora_B")
     )
     found = output.tensor(name)
     if _same_bytes(found, weight):
         raise WrongResultError(f"{name}: equals the base")
-    expected = expected_tensor(weight, lora_a, lora_b, config["lora_alpha"] / config["r"])
-    is_right = _same_bytes(found, expected) if is_exact else is_within_one_rounding(found, expected, weight)
-    if not is_right:
-        raise WrongResultError(f"{name}: differs from W + (B @ A) * scaling in {compute_dtype}")
+    for expected in formula.expected(weight, lora_a, lora_b, config["lora_alpha"] / config["r"]):
+        if _same_bytes(found, expected):
+            return
+        if not formula.is_exact and is_within_one_rounding(found, expected, weight):
+            return
+    raise WrongResultError(f"{name}: differs from W + (B @ A) * scaling in {formula.compute_dtype}")
 
 
 def is_within_one_rounding(found: torch.Tensor, expected: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -122,15 +150,14 @@ def is_within_one_rounding(found: torch.Tensor, expected: torch.Tensor, weight: 
     return bool(((found.double() - expected.double()).abs() <= step + slack).all())
 
 
-def check_merge(directory: Path, output: Path, recipe: Recipe, compute_dtype: str, is_exact: bool = True) -> int:
+def check_merge(directory: Path, output: Path, recipe: Recipe, formula: Formula) -> int:
     """Compare a sample of the tensors in `output` with the formula.
 
     Args:
         directory: holds base/ and adapter/.
         output: the merged checkpoint.
         recipe: what `directory` was made from.
-        compute_dtype: dtype of the arithmetic.
-        is_exact: every bit must be the formula's; else values may be off by one rounding.
+        formula: what it is to be.
 
     Returns:
         How many tensors were compared.
@@ -144,7 +171,7 @@ def check_merge(directory: Path, output: Path, recipe: Recipe, compute_dtype: st
     kept = [*KEPT_TENSORS, *(f"{path}.weight" for path in modules if path not in changed)]
     check_kept(Checkpoint(directory / "base"), merged, kept)
     for module_path in sorted(changed):
-        check_updated(directory, merged, module_path, compute_dtype, is_exact)
+        check_updated(directory, merged, module_path, formula)
     return len(kept) + len(changed)
 
 

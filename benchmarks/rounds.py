@@ -11,7 +11,7 @@ from typing import Final
 
 from benchmarks import page_cache
 from benchmarks.baseline_peers import scratch_of
-from benchmarks.check_merge import WrongResultError, check_merge
+from benchmarks.check_merge import Formula, WrongResultError, check_merge
 from benchmarks.machine import describe_machine
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.measure import CommandError, Cost, measure
@@ -93,7 +93,8 @@ class Bench:
         measure(row.command, row.environment)
         if row.compute_dtype is not None:
             places = self.places
-            count = check_merge(places.checkpoint, places.output, self.recipe, row.compute_dtype, not row.is_foreign)
+            formula = Formula(row.compute_dtype, row.weights, is_once=row.is_once, is_exact=not row.is_foreign)
+            count = check_merge(places.checkpoint, places.output, self.recipe, formula)
             tell(f"{row.name}: {count} tensors checked, all right")
 
     def time_rounds(self, rows: Sequence[Row], round_count: int, state: str) -> Results:

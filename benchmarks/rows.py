@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,7 @@ from benchmarks.baseline_peers import PEERS
 REFERENCE_ROW: Final = "cp -r, sync"
 MERGE_ROW: Final = "rawmerge"
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1"}
+_SEVERAL: Final = (1.0, 0.5, -0.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Row:
         name: what the table calls it.
         command: makes the output, and does not return before it is on the disk.
         compute_dtype: the arithmetic that its output is checked against; None for a row that is not checked.
+        weights: of the adapter, which is merged once with each; is_once: all in one sum, rounded once.
         is_foreign: another project's tool: its values may be off by one rounding, and where it fails, the benchmark
             goes on without it.
         environment: variables the command needs.
@@ -36,6 +38,8 @@ class Row:
     name: str
     command: Sequence[str]
     compute_dtype: str | None = None
+    weights: tuple[float, ...] = (1.0,)
+    is_once: bool = False
     is_foreign: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     copies_in_memory: int = 1
@@ -70,6 +74,15 @@ class Places:
         merge = [sys.executable, "-m", "rawmerge", "merge", base, adapter, "--output", output]
         return Row(name, [*merge, "--compute-dtype", compute_dtype, *options], compute_dtype)
 
+    def several_row(self, order: str) -> Row:
+        """Return the row that merges the adapter three times, with other weights, in one pass over the base."""
+        row = self.rawmerge_row(f"rawmerge, three adapters, {order}", "--order", order)
+        _, adapter, _ = self.arguments
+        others = [f"{adapter}:{weight}" for weight in _SEVERAL[1:]]
+        place = list(row.command).index(adapter) + 1
+        command = [*row.command[:place], *others, *row.command[place:]]
+        return replace(row, command=command, weights=_SEVERAL, is_once=order == "once")
+
     def shards_row(self) -> Row:
         """Return the row that loads and saves each shard whole."""
         return Row("shard by shard, sync", self._script("baseline_shards"), "float32")
@@ -97,12 +110,17 @@ class Places:
         return _then_sync([sys.executable, "-m", f"benchmarks.{module}", *arguments, *self.arguments])
 
 
-def choose_rows(places: Places, *, with_float64: bool, with_peft: bool, with_peers: bool) -> Iterator[Row]:
+def choose_rows(
+    places: Places, *, with_float64: bool, with_peft: bool, with_peers: bool, with_several: bool = False
+) -> Iterator[Row]:
     """Yield the rows of one benchmark, the reference first; the peers are those that are installed."""
     yield places.copy_row()
     yield places.rawmerge_row()
     if with_float64:
         yield places.rawmerge_row("rawmerge, float64", compute_dtype="float64")
+    if with_several:
+        yield places.several_row("serial")
+        yield places.several_row("once")
     if with_peers:
         yield places.shards_row()
     if with_peft or (with_peers and find_spec("peft") and find_spec("transformers")):

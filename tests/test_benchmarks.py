@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib")
 from benchmarks import bench_merge, growth, kinds, mechanisms, page_cache, report
 from benchmarks.baseline_shards import merge_by_shards
 from benchmarks.check_kind import EXPECTED_FILE, check_kind
-from benchmarks.check_merge import WrongResultError, check_merge, is_within_one_rounding, round_once
+from benchmarks.check_merge import Formula, WrongResultError, check_merge, is_within_one_rounding, round_once
 from benchmarks.growth_plot import write_plot
 from benchmarks.kind_cases import KIND_CASES
 from benchmarks.machine import describe_machine
@@ -83,18 +83,19 @@ def some_results(names: list[str], seconds: list[float]) -> Results:
 
 def test_a_run_checks_times_and_tells(tmp_path: Path) -> None:
     bench = Bench(RECIPE, tmp_path)
-    rows = list(choose_rows(bench.places, with_float64=False, with_peft=False, with_peers=False))
+    rows = list(choose_rows(bench.places, with_float64=False, with_peft=False, with_peers=False, with_several=True))
     broken = Row("broken, sync", [sys.executable, "-c", "raise SystemExit('no such tool')"], "float32", is_foreign=True)
     (results,) = run_bench(bench, [*rows, broken], 1)
 
-    assert list(results.costs) == [REFERENCE_ROW, MERGE_ROW]
+    several = [f"{MERGE_ROW}, three adapters, {order}" for order in ("serial", "once")]
+    assert list(results.costs) == [REFERENCE_ROW, MERGE_ROW, *several]
     assert results.left_out == {"broken, sync": "no such tool"}
     assert results.ratio(REFERENCE_ROW) == 1
     copied = results.median(REFERENCE_ROW)
     assert copied.write_call_bytes is None or copied.write_call_bytes >= RECIPE.base_bytes
     assert results.median(MERGE_ROW).peak_rss_bytes > copied.peak_rss_bytes
     (table,) = tables(results.as_markdown())
-    assert [row[0] for row in table] == ["", REFERENCE_ROW, MERGE_ROW]
+    assert [row[0] for row in table] == ["", REFERENCE_ROW, MERGE_ROW, *several]
     assert table[1][2] == "1.00"
     assert float(table[2][1]) > 0
     value = json.loads(json.dumps(results.as_value()))
@@ -120,7 +121,25 @@ def test_right_results_pass(tmp_path: Path, dtype: str, compute_dtype: str) -> N
     rawmerge.merge_adapter(folder / "base", folder / "adapter", output, compute_dtype=compute_dtype)
     tensors = load_file(output / "model-00001-of-00002.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
-    assert check_merge(folder, output, recipe, compute_dtype) == 10
+    assert check_merge(folder, output, recipe, Formula(compute_dtype)) == 10
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_several_adapters_are_checked_by_what_their_order_means(tmp_path: Path, dtype: str) -> None:
+    recipe = replace(RECIPE, dtype=dtype)
+    folder, weights = tmp_path / recipe.name, (1.0, 0.5, -0.25)
+    make_checkpoint(folder, recipe)
+    adapters = [f"{folder / 'adapter'}:{weight}" for weight in weights]
+    for order in ("serial", "once"):
+        rawmerge.merge_adapter(folder / "base", adapters, tmp_path / order, order=order)
+        formula = Formula(weights=weights, is_once=order == "once")
+        assert check_merge(folder, tmp_path / order, recipe, formula) == 10
+        for wrong in (replace(formula, weights=weights[:2]), replace(formula, weights=(1.0, 0.5, 0.25))):
+            with pytest.raises(WrongResultError, match="differs"):
+                check_merge(folder, tmp_path / order, recipe, wrong)
+    if dtype == "bfloat16":  # in float32 a sum is rounded after each adapter anyway
+        with pytest.raises(WrongResultError, match="differs"):
+            check_merge(folder, tmp_path / "serial", recipe, Formula(weights=weights, is_once=True))
 
 
 @pytest.mark.parametrize("name", [Q_PROJ, "model.layers.0.input_layernorm.weight"])
@@ -131,14 +150,14 @@ def test_one_wrong_bit_is_caught(checkpoint: Path, tmp_path: Path, name: str) ->
     tensors[name].view(torch.int16).view(-1)[7] ^= 1
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(WrongResultError, match=re.escape(name)):
-        check_merge(checkpoint, output, RECIPE, "float32")
+        check_merge(checkpoint, output, RECIPE, Formula("float32"))
 
 
 def test_an_unmerged_copy_and_another_arithmetic_are_caught(checkpoint: Path) -> None:
     with pytest.raises(WrongResultError, match="equals the base"):
-        check_merge(checkpoint, checkpoint / "base", RECIPE, "float32")
+        check_merge(checkpoint, checkpoint / "base", RECIPE, Formula("float32"))
     with pytest.raises(WrongResultError, match="float64"):
-        check_merge(checkpoint, checkpoint / "merged", RECIPE, "float64")
+        check_merge(checkpoint, checkpoint / "merged", RECIPE, Formula("float64"))
 
 
 def test_another_tool_may_be_off_by_one_rounding_and_no_more() -> None:
@@ -161,7 +180,7 @@ def test_round_once_from_float64_does_not_round_twice() -> None:
 
 def test_the_loop_over_shards_is_right(checkpoint: Path, tmp_path: Path) -> None:
     merge_by_shards(checkpoint / "base", checkpoint / "adapter", tmp_path / "merged")
-    assert check_merge(checkpoint, tmp_path / "merged", RECIPE, "float32") == 10
+    assert check_merge(checkpoint, tmp_path / "merged", RECIPE, Formula("float32")) == 10
 
 
 def test_checkpoints_are_made_once_and_never_over_others(tmp_path: Path) -> None:
@@ -272,9 +291,9 @@ def test_an_adapter_may_target_some_modules_only(checkpoint: Path, tmp_path: Pat
     ] * recipe.shape.layers
     assert not any("target_modules" in note for note in plan.notes)
     rawmerge.run_plan(plan, tmp_path / "merged")
-    assert check_merge(folder, tmp_path / "merged", recipe, "float32") == 10
+    assert check_merge(folder, tmp_path / "merged", recipe, Formula("float32")) == 10
     with pytest.raises(WrongResultError, match="kept tensor differs from the base"):
-        check_merge(folder, checkpoint / "merged", recipe, "float32")
+        check_merge(folder, checkpoint / "merged", recipe, Formula("float32"))
 
 
 def test_slow_kinds_are_marked_and_need_a_reason() -> None:
