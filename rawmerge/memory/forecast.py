@@ -128,6 +128,7 @@ class MemoryForecaster:
         self._python = PYTHON_BYTES + plan_bytes(steps, len(plan.adapters))
         self._aside = _aside_bytes(plan, changed)
         self._copy_jobs = sum(map(_copy_jobs, plan.shards))
+        self._shard_count = len(plan.shards)
         self._largest = sorted(self._demands, key=lambda demand: -demand.held)
         self._tiles: dict[int, tuple[_Buffers, _Buffers]] = {}
         self._shared = _shared_bytes(self._demands, count_uses(plan.shards))
@@ -151,10 +152,12 @@ class MemoryForecaster:
             shared_bytes: what is kept at most of adapter tensors that several steps read; None for all.
         """
         by_torch, others = self._buffers(tile_elements)
-        tiles = by_torch.most(threads) + others.most(threads) + _COPY_BYTES * min(threads, self._copy_jobs)
-        pools = THREAD_BYTES * max(0, min(threads, by_torch.count) - 1)
+        # shards are made one after the other, each by threads of its own, and the allocator keeps what those before had
+        torch_threads = max(threads, 2) if self._shard_count > 1 and self.needs_torch else threads
+        tiles = by_torch.most(torch_threads) + others.most(threads) + _COPY_BYTES * min(threads, self._copy_jobs)
+        pools = THREAD_BYTES * max(0, min(torch_threads, by_torch.count) - 1)
         libraries = LIBRARY_BYTES if any(reach == WHOLE for _, reach, _ in self._whole) else 0
-        held = self._largest[:threads]
+        held = self._largest[:torch_threads]
         return MemoryForecast(
             python=self._python,
             torch=TORCH_BYTES if self.needs_torch else 0,
