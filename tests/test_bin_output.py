@@ -236,6 +236,7 @@ def test_members_and_places_beyond_4_gib(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_more_members_than_a_list_of_16_bits_counts(tmp_path: Path) -> None:
     entries = [TensorEntry(f"{i}", "U8", (1,), i, i + 1) for i in range(70_000)]
     write_archive(tmp_path / SINGLE, entries, {69_999: b"x"})
@@ -641,7 +642,7 @@ def test_a_file_that_cannot_be_read_back_is_named(
 
 
 @pytest.mark.parametrize("mode", ["bin", "consume-bin"])
-@pytest.mark.parametrize(("step", "kills"), [(9, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("step", "kills"), [(19, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation_the_next_run_ends_with_the_same_bytes(
     tmp_path: Path, mode: str, step: int, kills: int
 ) -> None:

@@ -226,7 +226,7 @@ def test_low_products_follow_the_thread_count_of_a_caller_who_has_torch(cache: P
         "base_model.model.net.lora_B.weight": torch.randn(rows, rank, generator=random),
     }
     write_adapter(adapter, factors, r=rank, lora_alpha=9, target_modules=["net"])
-    for threads in ("", "1", "3"):
+    for threads in ("1", "3"):
         for name, options in (("kernel", LOW), ("torch", LOW.replace("[1:4])", "[1:4], without=['kernel'])"))):
             output = str(tmp_path / f"{name}{threads}")
             subprocess.run([sys.executable, "-c", options, str(base), str(adapter), output, threads], check=True)

@@ -73,7 +73,7 @@ def cut_off(paths: Paths, output: Path, at: str = NAMES[1], **options: Any) -> B
     return caught.value
 
 
-@pytest.mark.parametrize(("step", "kills"), [(4, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("step", "kills"), [(9, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation_the_next_run_ends_with_the_same_bytes(
     tmp_path: Path, step: int, kills: int
 ) -> None:

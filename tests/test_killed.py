@@ -83,7 +83,7 @@ def test_a_merge_that_is_killed_anywhere_leaves_the_output_absent_or_whole(
 
 
 @pytest.mark.parametrize("mode", ["plain", "overwrite"])
-@pytest.mark.parametrize(("step", "kills"), [(9, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("step", "kills"), [(19, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation_the_next_run_ends_with_the_same_bytes(
     tmp_path: Path, mode: str, step: int, kills: int
 ) -> None:

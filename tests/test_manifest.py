@@ -194,10 +194,10 @@ def test_one_file_that_is_none_does_not_hide_another(tmp_path: Path) -> None:
     assert [problem.subject for problem in manifest_problems(tmp_path, digests)] == [str(tmp_path / "folder"), "a"]
 
 
-def test_of_a_hundred_thousand_lines_the_first_are_told_and_the_others_counted(tiny: Paths, tmp_path: Path) -> None:
+def test_of_many_thousand_lines_the_first_are_told_and_the_others_counted(tiny: Paths, tmp_path: Path) -> None:
     output = tmp_path / "out"
     rawmerge.merge_adapter(*tiny, output)
-    bogus = b"".join(b"0" * 64 + b"  bogus%dx\n" % number for number in range(150_000))
+    bogus = b"".join(b"0" * 64 + b"  bogus%dx\n" % number for number in range(30_000))
     changed = b"".join(b"1" * 64 + b"  %s\n" % at.name.encode() for at in output.iterdir())
     (output / MANIFEST_NAME).write_bytes(bogus + changed)
     tracemalloc.start()
@@ -209,10 +209,10 @@ def test_of_a_hundred_thousand_lines_the_first_are_told_and_the_others_counted(t
     count = len(changed.splitlines())
     assert len(findings) == 1 + MAX_TOLD + count
     assert findings[0].subject == MANIFEST_NAME
-    assert findings[0].found == f"150000, of which the first {MAX_TOLD} are told"
+    assert findings[0].found == f"30000, of which the first {MAX_TOLD} are told"
     assert peak < 8 * len(bogus)
     told = CliRunner().invoke(cli, ["verify", str(output)])
-    assert "150000" in told.stdout
+    assert "30000" in told.stdout
     assert len(told.stdout.splitlines()) < 60
     assert len(json.loads(CliRunner().invoke(cli, ["verify", str(output), "--json"]).stdout)["findings"]) == len(
         findings
