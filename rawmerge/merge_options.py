@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from rawmerge.dtypes import AUTO_DTYPE, COMPUTE_DTYPES, OUTPUT_DTYPES
@@ -120,6 +120,22 @@ class MergeOptions:
     density: float = 0.0
     majority_sign: str = "total"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be told in a plan; what a choice may be is seen when a merge is planned.
+
+        Raises:
+            TypeError: a value is of another type than its field. ValueError: a number is below 0.
+        """
+        for choice in fields(self):
+            value, expected = getattr(self, choice.name), type(choice.default)
+            if expected is float and type(value) is int:  # JSON tells 1 from 1.0
+                object.__setattr__(self, choice.name, float(value))
+            elif type(value) is not expected:
+                hint = " (choose_options takes sizes such as '5GB')" if choice.name == "max_shard_size" else ""
+                raise TypeError(f"{choice.name} must be of the type {expected.__name__}, not {value!r}{hint}")
+            elif isinstance(value, int) and value < 0:
+                raise ValueError(f"{choice.name} must be at least 0, not {value}")
 
 
 def order_problem(combine: str, order: str) -> Problem:

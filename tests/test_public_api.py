@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,31 @@ def test_options_are_frozen_and_given_in_one_way(inputs: tuple[Path, Path]) -> N
         rawmerge.merge_adapter(base, adapter, base.parent / "out", overwite=True)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"dtype must be one of"):
         rawmerge.plan_merge(base, adapter, options=rawmerge.MergeOptions(dtype="float8"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "wrong"),
+    [
+        *(("seed", wrong) for wrong in (1.5, True, "3", -1)),
+        *(("max_shard_size", wrong) for wrong in (-5, 1e4, "5GB")),
+        *(("replaced_by", wrong) for wrong in (True, 1.0, -1)),
+        *(("density", wrong) for wrong in ("0.5", True)),
+        *(("force", 1), ("card", 0), ("dtype", None), ("combine", None), ("order", b"once")),
+    ],
+)
+def test_what_a_plan_could_not_tell_is_no_option(choice: str, wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{choice} must be"):
+        rawmerge.MergeOptions(**{choice: wrong})
+
+
+def test_a_whole_density_is_the_number_it_stands_for(inputs: tuple[Path, Path]) -> None:
+    base, adapter = inputs
+    options = rawmerge.MergeOptions(combine="ties", order="once", density=1)
+    plan = rawmerge.plan_merge(base, [adapter, f"{adapter}:2"], options=options)
+    assert rawmerge.parse_plan(rawmerge.format_plan(plan)) == plan
+    for choice, wrong in (("seed", 1.5), ("seed", -1)):
+        with pytest.raises((TypeError, ValueError), match=f"{choice} must be"):
+            rawmerge.plan_merge(base, [adapter, adapter], combine="dare", density=0.5, **{choice: wrong})  # type: ignore[arg-type]
 
 
 def test_the_choices_are_the_fields_of_the_options() -> None:

@@ -5,6 +5,7 @@ Only the right factor is ever whole in memory, and that once: of a vocabulary's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -35,18 +36,27 @@ def tile_height(recipe: Recipe, tile_elements: int) -> int:
     return max(1, most // max(recipe.columns, recipe.rank))
 
 
-def left_rows(pair: PlainPair, files: OpenFiles, rows: tuple[int, int], slots: Slots, slot: str = "left") -> memoryview:
-    """Return (first row, row count) of the left factor, packed in a slot of the thread's memory.
+def left_parts(pairs: Sequence[PlainPair], files: OpenFiles, rows: tuple[int, int], slots: Slots) -> list[memoryview]:
+    """Return (first row, row count) of each left factor, packed one behind the other in the thread's memory.
 
     Raises:
-        InputChangedError: the file ended early; OSError: it cannot be read.
+        InputChangedError: a file ended early; OSError: it cannot be read.
     """
+    layouts = [left_layout(pair, rows[1]) for pair in pairs]
+    packed = slots.bytes("left", sum(layout.packed_bytes for layout in layouts))
+    parts, start = [], 0
+    for pair, layout in zip(pairs, layouts, strict=True):
+        parts.append(packed[start : start + layout.packed_bytes])
+        stored = _read(pair.left, files, (pair.recipe.rows, pair.recipe.rank), rows, slots)
+        pack_into(parts[-1], stored, pair.left.source.dtype, layout)
+        start += layout.packed_bytes
+    return parts
+
+
+def left_layout(pair: PlainPair, row_count: int) -> FactorLayout:
+    """Return how some rows of the left factor are packed."""
     recipe = pair.recipe
-    layout = FactorLayout(rows[1], recipe.rank, pair.left.lies_transposed, is_double=recipe.is_double)
-    stored = _read(pair.left, files, (recipe.rows, recipe.rank), rows, slots)
-    packed = slots.bytes(slot, layout.packed_bytes)
-    pack_into(packed, stored, pair.left.source.dtype, layout)
-    return packed
+    return FactorLayout(row_count, recipe.rank, pair.left.lies_transposed, is_double=recipe.is_double)
 
 
 def right_factor(pair: PlainPair, files: OpenFiles, slots: Slots) -> memoryview:

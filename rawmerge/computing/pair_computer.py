@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from rawmerge.computing.factor_parts import left_rows, right_factor, tile_height
+from rawmerge.computing.factor_parts import left_parts, right_factor, tile_height
 from rawmerge.computing.plain_pairs import PlainPair
 from rawmerge.computing.survival import SurvivalTally
 from rawmerge.dtypes import DTYPES
@@ -113,11 +113,10 @@ class PairComputer:
         scratch: PairScratch,
     ) -> tuple[bool, bool]:
         """Merge all pairs, from one buffer into the other, which may be the same; return as `PairChain.merge`."""
+        left = left_parts([pair for pair, _ in self._stages], self._files, rows, scratch)
         kernels = [
-            PairKernel(
-                pair.recipe, block, pair.scaling, left_rows(pair, self._files, rows, scratch, f"left{place}"), own
-            )
-            for place, ((pair, block), own) in enumerate(zip(self._stages, right, strict=True))
+            PairKernel(pair.recipe, block, pair.scaling, own_left, own_right)
+            for (pair, block), own_left, own_right in zip(self._stages, left, right, strict=True)
         ]
         is_summed, tally = self._stages[0][0].is_summed, self._tally
         stages = range(1 if is_summed else len(kernels)) if tally else ()

@@ -127,6 +127,7 @@ static int merge_pairs(struct tile *tile, PyObject *from, int is_double, int lev
     const Py_ssize_t count = tile->pair_count;
     struct pair *pairs = PyMem_Calloc(count, sizeof *pairs);
     int found = -1, is_whole = pairs != NULL;
+    if (!pairs) PyErr_NoMemory();
     for (Py_ssize_t i = 0; i < count && is_whole; i++) {
         PyObject *item = PyTuple_GetItem(from, i);
         is_whole = item && take(item, &held[i]);
