@@ -39,16 +39,22 @@ def split_weight(text: str) -> tuple[str, float]:
         (('org/name@main', -0.5), ('C:\\adapters', 1.0))
 
     Raises:
-        ValueError: the weight is not finite.
+        ValueError: the weight is not finite, or none, where what stands before the colon is there.
     """
     place, colon, number = text.rpartition(":")
-    if not colon or not place or os.path.lexists(Path(text).expanduser()):
+    if not colon or not place or _is_there(text):
         return text, 1.0
     if _NOT_FINITE.fullmatch(number):
         raise ValueError(f"the weight of an adapter must be a finite number, not {number!r} as in {text!r}")
     if not _NUMBER.fullmatch(number):
+        if _is_there(place):
+            raise ValueError(f"{number!r} is no number: a weight looks like {f'{place}:0.5'!r}")
         return text, 1.0
     weight = float(number)
     if not isfinite(weight) or (weight == 0 and re.search("[1-9]", re.split("[eE]", number)[0])):
         raise ValueError(f"the weight of an adapter must be a number that a float can hold, not {number!r}")
     return place, weight
+
+
+def _is_there(text: str) -> bool:
+    return os.path.lexists(os.path.expanduser(text))  # noqa: PTH111  # Path's raises for `~name` of no known user

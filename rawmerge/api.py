@@ -16,14 +16,17 @@ from rawmerge.planning import (
     Adapters,
     MergeChoices,
     PlanChoices,
+    VerifyChoices,
     chosen_options,
+    named_adapters,
     plan_for_output,
     plan_inputs,
     read_errors_refused,
     split_choices,
+    split_replay,
 )
 from rawmerge.run import MergeSummary, run_plan
-from rawmerge.run_options import ReplayChoices, RunOptions
+from rawmerge.run_options import choose_run
 from rawmerge.verifying.findings import Verification
 
 
@@ -70,7 +73,7 @@ def merge_adapter(
         progress: called as bytes are finished; an exception from it cancels the merge and leaves nothing behind, but
             with `consume_base`: then the same call goes on.
         choices: what decides the output's bytes, if there are no `options`, and how the plan is carried out, none of
-            which changes a bit on the CPU: `overwrite: bool`, `threads: int | None`, `max_memory: int | None` in bytes,
+            which changes a bit on the CPU: `overwrite: bool`, `threads: int | None`, `max_memory: int | str | None`,
             `device: str` (`cpu`, `cuda`, `cuda:1`, `mps`), `link: bool`, `consume_base: bool`, `reuse: bool`,
             `resume: bool`, `verify: bool`, `checksum: bool`, `without: Collection[str]`, the fields of `RunOptions`.
 
@@ -91,20 +94,10 @@ def verify_merge(
     base: str | os.PathLike[str] | None = None,
     adapter: Adapters | None = None,
     *,
-    compute_dtype: str | None = None,
-    dtype: str | None = None,
-    vocab: str | None = None,
-    tokenizer: str | None = None,
-    moe_lora_b_layout: str | None = None,
-    order: str | None = None,
-    replaced_by: int | None = None,
-    combine: str | None = None,
-    density: float | None = None,
-    majority_sign: str | None = None,
-    seed: int | None = None,
+    options: MergeOptions | None = None,
     tolerance: float = 0,
     progress: ProgressCallback | None = None,
-    **choices: Unpack[ReplayChoices],
+    **choices: Unpack[VerifyChoices],
 ) -> Verification:
     """Tell whether `output` is what base and adapter give; nothing is written, and no more is held than by a merge.
 
@@ -115,26 +108,17 @@ def verify_merge(
         output: directory or safetensors file.
         base: see `plan_merge`; None, as `adapter`, to look at the output alone.
         adapter: see `plan_merge`.
-        compute_dtype: see `plan_merge`; None for what the output's record tells, else `float32`. The same goes for all
-            options here.
-        dtype: see `plan_merge`.
-        vocab: see `plan_merge`.
-        tokenizer: see `plan_merge`.
-        moe_lora_b_layout: see `plan_merge`.
-        order: see `plan_merge`.
-        replaced_by: see `plan_merge`.
-        combine: see `plan_merge`; where it is given, `density`, `majority_sign` and `seed` are not the record's.
-        density: see `plan_merge`.
-        majority_sign: see `plan_merge`.
-        seed: see `plan_merge`.
+        options: all of what decides the output's bytes, whatever its record tells; or else `choices`.
         tolerance: distance that passes in tensors that the adapter changes, in units in the last place of the larger
             of the expected value and the base's. Tensors that it does not change must be equal.
         progress: called as bytes are compared; an exception from it ends the verification.
-        choices: `threads`, `max_memory` and `without`, as in `RunOptions`.
+        choices: `dtype`, `order`, `combine` and so on, as in `plan_merge`, those that the output's record does not
+            tell; and `threads`, `max_memory` and `without`, as in `RunOptions`.
 
     Raises:
         RefusedError: base and adapter allow no merge. MergeError: the merge cannot be computed, or a file cannot be
-            read. ValueError: an option is none of its choices, or one of base and adapter is missing.
+            read. ValueError: an option is none of its choices, one of base and adapter is missing, or options are
+            given in both ways. TypeError: there is no such choice.
     """
     from rawmerge.verifying.verification import OutputVerifier  # no merge needs it
 
@@ -143,22 +127,18 @@ def verify_merge(
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be a number of at least 0, not {tolerance!r}")
     at = Path(output).expanduser()
-    given: dict[str, str | int | float | None] = {
-        "compute_dtype": compute_dtype,
-        "dtype": dtype,
-        "vocab": vocab,
-        "tokenizer": tokenizer,
-    }
-    given |= {"moe_lora_b_layout": moe_lora_b_layout, "order": order, "replaced_by": replaced_by}
-    given |= {"combine": combine, "density": density, "majority_sign": majority_sign, "seed": seed}
+    given, replay = split_replay(options, choices)
+    run = choose_run(replay)
     with read_errors_refused(at):
         verifier = OutputVerifier(at)
         if base is None or adapter is None:
+            if isinstance(given, MergeOptions) or any(value is not None for value in given.values()):
+                raise ValueError("options are of no use without base and adapter")
             return verifier.alone()
-        options = verifier.options(given)
-    plan = plan_inputs(base, adapter, options)
+        chosen = verifier.options(given, len(named_adapters(adapter)))
+    plan = plan_inputs(base, adapter, chosen)
     try:
-        return verifier.against(plan, RunOptions(**choices), tolerance=tolerance, report=progress)
+        return verifier.against(plan, run, tolerance=tolerance, report=progress)
     except OSError as error:
         if isinstance(error, RawmergeError):
             raise

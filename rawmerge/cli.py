@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import rawmerge
-from rawmerge.command_group import Commands, say, say_path, told_if_published
+from rawmerge.command_group import Commands, KeyedCommand, say, say_path, told_if_published
 from rawmerge.command_options import (
     ADAPTERS,
     BASE,
@@ -34,7 +34,7 @@ from rawmerge.command_options import (
 )
 from rawmerge.errors import VerificationError, printable
 from rawmerge.progress_bar import progress_bar
-from rawmerge.run_options import RunChoices, RunOptions
+from rawmerge.run_options import RunChoices, RunOptions, choose_run
 
 if TYPE_CHECKING:
     from rawmerge.merge_plan import MergePlan
@@ -120,7 +120,7 @@ def _carry_out(plan: MergePlan, output: Path, choices: RunChoices, *, dry_run: b
         notes = check_run(plan, output, **choices)
         for note in notes:
             say(printable(f"note: {note}"), err=True)
-        run_options = RunOptions(**choices)
+        run_options = choose_run(choices)
         say(plan_json(plan, run_options, notes) if as_json else plan_text(plan, run_options))
         return
     for line in (*(printable(f"note: {note}") for note in plan.notes), *left_out_lines(plan)):
@@ -136,7 +136,7 @@ def _carry_out(plan: MergePlan, output: Path, choices: RunChoices, *, dry_run: b
         say(summary_json(summary)) if as_json else say_path(summary.output)
 
 
-@cli.command()
+@cli.command(cls=KeyedCommand)
 @click.argument("file")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
@@ -229,10 +229,18 @@ def verify(output: Path, base: str | None, adapters: tuple[str, ...], as_json: b
     OUTPUT may be made by any program, and be cut into shards otherwise. Without --base and --adapter its headers,
     index, config and record are compared with each other, and files with their checksums where it has a SHA256SUMS.
     """
+    from rawmerge.planning import PlanChoices
     from rawmerge.report import verification_json, verification_text
 
     if (base is None) == bool(adapters):
         raise click.UsageError("--base and --adapter go together.")
+    given = [
+        name.replace("_", "-")
+        for name, value in options.items()
+        if name in PlanChoices.__annotations__ and value is not None
+    ]
+    if base is None and given:
+        raise click.UsageError(f"--{', --'.join(sorted(given))}: of no use without --base and --adapter.")
     gc.enable()
     with progress_bar(0) as progress:
         made = rawmerge.verify_merge(output, base, adapters or None, progress=progress, **options)

@@ -42,6 +42,18 @@ class Commands(click.Group):
             ctx.exit(_tell_interruption(error, _LEFT_BY.get(ctx.invoked_subcommand or "", _LEFT)))
 
 
+class KeyedCommand(click.Command):
+    """A command that takes KEY=VALUE, which users write as options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            hint = "set keys without dashes, such as infer_dtype=float16, export_dir=merged"
+            raise click.UsageError(f"{error.message.removesuffix('.')}: {hint}.", ctx) from None
+
+
 def _tell_interruption(error: KeyboardInterrupt, left: str = _LEFT) -> int:
     state = ", ".join(getattr(error, "__notes__", ())) or left
     say(f"rawmerge: interrupted; {state}", err=True)

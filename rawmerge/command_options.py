@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import click
 
 from rawmerge.adapter_source import split_weight
 from rawmerge.byte_sizes import parse_bytes
-from rawmerge.dtypes import AUTO_DTYPE, COMPUTE_DTYPES, OUTPUT_DTYPES
+from rawmerge.dtypes import AUTO_DTYPE, COMPUTE_DTYPES, OUTPUT_DTYPES, did_you_mean
 from rawmerge.merge_options import (
     COMBINATIONS,
     FORMATS,
@@ -46,14 +47,29 @@ def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
 
 
 JSON = click.option("--json", "as_json", is_flag=True, callback=_remember_json, help="Print JSON for programs.")
+
+
+class _DtypeChoice(click.Choice):  # type: ignore[type-arg]  # which it takes from click 8.2 on
+    """A choice of dtypes that knows what else people call them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the choice, or refuse it."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(error.message.removesuffix(".") + (did_you_mean(value, self.choices) or "."), param, ctx)
+
+
+_DTYPES = _DtypeChoice([*OUTPUT_DTYPES, AUTO_DTYPE])
+_COMPUTE_DTYPES = _DtypeChoice(COMPUTE_DTYPES)
 _DTYPE = click.option(
     "--dtype",
-    type=click.Choice([*OUTPUT_DTYPES, AUTO_DTYPE]),
+    type=_DTYPES,
     help="Store all float tensors in this dtype; auto: the one that config.json states.  [default: each tensor's own]",
 )
 _COMPUTE = click.option(
     "--compute-dtype",
-    type=click.Choice(COMPUTE_DTYPES),
+    type=_COMPUTE_DTYPES,
     default="float32",
     show_default=True,
     help="float32 is bit-equal to PEFT; float64 rounds once, from sums in float64.",
@@ -198,10 +214,14 @@ def replay_options(command: Callable[..., None]) -> Callable[..., None]:
         ("--moe-lora-b-layout", LAYOUTS, "Order of lora_B's columns on fused experts."),
         ("--tokenizer", TOKENIZERS, "Whose tokenizer it got."),
         ("--vocab", [OVERLAY], "What became of a smaller vocabulary."),
-        ("--compute-dtype", COMPUTE_DTYPES, "In what it was summed."),
-        ("--dtype", [*OUTPUT_DTYPES, AUTO_DTYPE], "In what float tensors are stored."),
+        ("--like", [LLAMAFACTORY], "Whose tensors, dtypes, order and shards it has."),
     ):
         command = click.option(flag, type=click.Choice(choices), help=text + recorded)(command)
+    for flag, dtypes, text in (
+        ("--compute-dtype", _COMPUTE_DTYPES, "In what it was summed."),
+        ("--dtype", _DTYPES, "In what float tensors are stored."),
+    ):
+        command = click.option(flag, type=dtypes, help=text + recorded)(command)
     return command
 
 

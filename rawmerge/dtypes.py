@@ -5,8 +5,35 @@ Source: safetensors 0.8 `Dtype` (https://github.com/huggingface/safetensors).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
+
+#: Other names that people have for dtypes.
+_OTHER_NAMES: Final = {
+    "half": "float16",
+    "fp16": "float16",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "float": "float32",
+    "fp32": "float32",
+    "f32": "float32",
+    "double": "float64",
+    "fp64": "float64",
+    "f64": "float64",
+}
+
+
+def did_you_mean(name: object, choices: Collection[str]) -> str:
+    """Return a question to put behind a refusal, where `name` is another name of one of the choices; else nothing.
+
+    Example:
+        >>> did_you_mean("torch.BF16", ["bfloat16"]), did_you_mean("int8", ["bfloat16"])
+        ('; did you mean bfloat16?', '')
+    """
+    plain = str(name).lower().removeprefix("torch.")
+    meant = _OTHER_NAMES.get(plain, plain)
+    return f"; did you mean {meant}?" if meant in choices else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,10 @@ from rawmerge.inputs.base_checkpoint import read_base
 from rawmerge.inputs.identity import RECORD_NAME, read_record
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.matcher import foreign_problem, grammar_of
-from rawmerge.merge_options import COMBINING, SERIAL
+from rawmerge.merge_options import COMBINING, SERIAL, MergeOptions
 from rawmerge.methods import ADAPTER_KINDS
 from rawmerge.methods.interface import AdapterKind, KindRow
+from rawmerge.output.record import options_record
 
 #: Files of an input that are named.
 _MAX_FILES: Final = 4
@@ -136,8 +137,9 @@ def _merge_facts(root: Path) -> dict[str, str | int | float | list[str]]:
 
 
 def _options(record: Mapping[str, Any], adapter_count: int) -> Mapping[str, Any]:
-    """Return the options of a record, of which the usual order is left out; what makes one of several is first."""
-    options = _table(record.get("options"))
+    """Return the options of a record that are not the usual ones, and of several adapters the order, which is first."""
+    usual = options_record(MergeOptions())
+    options = {name: value for name, value in _table(record.get("options")).items() if value != usual.get(name)}
     several: dict[str, Any] = {"order": SERIAL} if adapter_count > 1 else {}
     several |= {name: options[name] for name in ("order", *COMBINING) if name in options}
     return {**several, **options}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rawmerge.adapter_source import AdapterSource
 from rawmerge.combined_plan import combined_shards, losing_uses
-from rawmerge.dtypes import AUTO_DTYPE, OUTPUT_DTYPES
+from rawmerge.dtypes import AUTO_DTYPE, OUTPUT_DTYPES, did_you_mean
 from rawmerge.errors import PlanError, Problem, ProblemCollector, quote
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.model_config import with_dtype
@@ -22,6 +22,7 @@ from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.layer_replication import layer_order, replicate_layers
 from rawmerge.matching.disk_names import DiskNames
 from rawmerge.matching.matcher import match_adapter
+from rawmerge.matching.shared_bytes import shared_bytes_problems
 from rawmerge.matching.tie import find_tie
 from rawmerge.matching.tied_copies import without_tied_copy
 from rawmerge.merge_options import BIN, CHOICES, MergeOptions, combination_problems, like_problems
@@ -76,6 +77,8 @@ def make_plan(
     problems.raise_if_any()
     options = _with_stated_dtype(options, base)
     plan = _plan_all(base, adapters, options, base_repo)
+    if found := list(shared_bytes_problems(base, plan.steps())):
+        raise PlanError(*found)
     plan = _resharded(plan, base, options)
     plan = as_pickles(plan) if options.format == BIN else plan
     return with_card(plan, base, [adapter for _, adapter in adapters]) if options.card and base.is_directory else plan
@@ -288,4 +291,5 @@ def _check_options(options: MergeOptions, sources: Sequence[AdapterSource]) -> N
         raise PlanError(problem)
     for field, allowed in CHOICES.items():
         if (value := getattr(options, field)) not in allowed:
-            raise ValueError(f"{field} must be one of {tuple(filter(None, allowed))}, not {value!r}")
+            meant = did_you_mean(value, allowed) if field.endswith("dtype") and value else ""
+            raise ValueError(f"{field} must be one of {tuple(filter(None, allowed))}, not {value!r}{meant}")

@@ -180,7 +180,11 @@ class Planner:
                 yield "the base's chat template is lost: the adapter's tokenizer takes its place and has none"
         elif differing := differing_tokenizer_files(ours, theirs):
             listed = ", ".join(differing)
-            yield f"the output gets the base's tokenizer; the adapter brings another ({listed}): --tokenizer adapter"
+            if list_tokenizer_files(self.base.root):
+                had = "the output gets the base's tokenizer; the adapter brings another"
+            else:
+                had = "the base has no tokenizer, so the output gets none; the adapter brings one"
+            yield f"{had} ({listed}): --tokenizer adapter takes the adapter's"
 
     def _notes(self) -> Iterator[str]:
         yield from self.matches.notes

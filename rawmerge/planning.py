@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, Final, TypeAlias, TypedDict, Unpack
 
 from rawmerge.adapter_source import AdapterSource, split_weight
 from rawmerge.byte_sizes import byte_limit
@@ -15,20 +15,31 @@ from rawmerge.consuming.finished_merge import finished_merge
 from rawmerge.consuming.plan_difference import difference
 from rawmerge.consuming.unfinished import unfinished_plan
 from rawmerge.dtypes import AUTO_DTYPE
-from rawmerge.errors import MissingFileError, OutputError, Problem, RawmergeError, quote
+from rawmerge.errors import MissingFileError, OutputError, PlanError, Problem, RawmergeError, quote
 from rawmerge.formats.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.weight_map import INDEX_NAME
 from rawmerge.inputs.hub import resolve_adapter, resolve_base
-from rawmerge.merge_options import LIKE_SHARD_BYTES, SERIAL, MergeOptions, settled_order
+from rawmerge.merge_options import (
+    COMBINATIONS,
+    LIKE_SHARD_BYTES,
+    SERIAL,
+    MergeOptions,
+    combination_problems,
+    settled_order,
+)
 from rawmerge.merge_plan import AdapterInput, MergePlan
 from rawmerge.plan import make_plan
-from rawmerge.run_options import RunChoices
+from rawmerge.run_options import ReplayChoices, RunChoices
 
 #: A path or hub id.
 Place: TypeAlias = str | os.PathLike[str]
 #: One adapter or several, each with a weight behind a colon if it is a text.
 Adapters: TypeAlias = Place | Sequence[Place]
+
+
+#: So many adapters can be combined, where it is not known yet how many there are.
+_ENOUGH: Final = 2
 
 
 class PlanChoices(TypedDict, total=False):
@@ -59,17 +70,54 @@ class MergeChoices(PlanChoices, RunChoices, total=False):
     """The choices that decide an output's bytes, and those of how it is made."""
 
 
+class VerifyChoices(ReplayChoices, total=False):
+    """Those of the choices that decide an output's bytes which its record may not tell, and those of a replay.
+
+    None for what the record tells, else the usual ones. With `combine`, `density`, `majority_sign` and `seed` are not
+    the record's.
+    """
+
+    compute_dtype: str | None
+    dtype: str | None
+    vocab: str | None
+    tokenizer: str | None
+    moe_lora_b_layout: str | None
+    like: str | None
+    order: str | None
+    replaced_by: int | None
+    combine: str | None
+    density: float | None
+    majority_sign: str | None
+    seed: int | None
+
+
+def named_adapters(adapters: object) -> list[Place]:
+    """Return the adapters that are named, one by one.
+
+    Raises:
+        TypeError: they are no sequence: of a mapping the values would be lost, of an iterator all at the second look.
+    """
+    if isinstance(adapters, str | os.PathLike):
+        return [adapters]
+    if not isinstance(adapters, Sequence):
+        kind, hint = type(adapters).__name__, "write a weight as 'path:0.5'"
+        raise TypeError(f"adapters must be a path, a hub id or a list of them, not {kind}: {hint}")
+    return list(adapters)
+
+
 def adapter_sources(adapters: Adapters) -> list[AdapterSource]:
     """Return the adapters that are named, those from the hub fetched.
 
     Raises:
-        RefusedError: one cannot be found. ValueError: a weight is not finite.
+        RefusedError: one cannot be found. ValueError: a weight is not finite. TypeError: one is no path.
     """
-    named = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    return [_source(place) for place in named]
+    return [_source(place) for place in named_adapters(adapters)]
 
 
-def _source(place: Place) -> AdapterSource:
+def _source(place: object) -> AdapterSource:
+    if not isinstance(place, str | os.PathLike):
+        shown = ":".join(map(str, place)) if isinstance(place, tuple) and len(place) == 2 else "path:0.5"
+        raise TypeError(f"an adapter must be a path or hub id, not {place!r}: write a weight as {shown!r}")
     path, weight = split_weight(place) if isinstance(place, str) else (place, 1.0)
     found = resolve_adapter(path)
     return AdapterSource(found.path, found.pinned, weight)
@@ -88,7 +136,7 @@ def plan_inputs(base: Place, adapters: Adapters, options: MergeOptions) -> Merge
 
 def for_adapters(options: MergeOptions, adapters: Adapters) -> MergeOptions:
     """Return the options without those that have no meaning for one adapter."""
-    is_one = isinstance(adapters, str | os.PathLike) or len(adapters) == 1
+    is_one = len(named_adapters(adapters)) == 1
     # one adapter cannot be combined, which is refused
     return replace(options, order=SERIAL, replaced_by=0) if is_one and not options.combine else options
 
@@ -151,8 +199,8 @@ def choose_options(**choices: Unpack[PlanChoices]) -> MergeOptions:
             `5GB` or `512MiB`, and `combine="sum"` is another name for `order="once"`.
 
     Raises:
-        RefusedError: `combine` in another order than `once`. ValueError: a size is none.
-        TypeError: there is no such choice.
+        RefusedError: what is said about combining does not go together, whatever the adapters. ValueError: a size is
+            none. TypeError: there is no such choice.
     """
     given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
     if unknown := sorted(given.keys() - PlanChoices.__annotations__.keys()):
@@ -163,17 +211,25 @@ def choose_options(**choices: Unpack[PlanChoices]) -> MergeOptions:
         given["density"] = float(given["density"])  # a plan's JSON tells 1 from 1.0
     if given.get("like"):
         given = {"dtype": AUTO_DTYPE, "max_shard_size": LIKE_SHARD_BYTES, **given}
-    return MergeOptions(**settled_order(given))
+    options = MergeOptions(**settled_order(given))
+    if options.combine in {"", *COMBINATIONS} and (problems := tuple(combination_problems(options, _ENOUGH))):
+        raise PlanError(*problems)
+    return options
 
 
 def chosen_options(options: MergeOptions | None, choices: PlanChoices) -> MergeOptions:
     """Return the options that a caller gives as a value, or choice by choice.
 
     Raises:
-        ValueError: both. RefusedError, TypeError: as `choose_options`.
+        ValueError: both. TypeError: `options` are no MergeOptions. RefusedError, TypeError: as `choose_options`.
     """
-    if options is None:
-        return choose_options(**choices)
+    return choose_options(**choices) if options is None else _given_options(options, choices)
+
+
+def _given_options(options: object, choices: Mapping[str, object]) -> MergeOptions:
+    if not isinstance(options, MergeOptions):
+        made = "make them with rawmerge.choose_options(order='once'), or give order='once' itself"
+        raise TypeError(f"options must be MergeOptions, not {type(options).__name__}: {made}")
     if choices:
         raise ValueError(f"give options or {', '.join(choices)}, not both; dataclasses.replace changes options")
     return options
@@ -184,6 +240,23 @@ def split_choices(choices: MergeChoices) -> tuple[PlanChoices, RunChoices]:
     run = {name: value for name, value in choices.items() if name in RunChoices.__annotations__}
     plan = {name: value for name, value in choices.items() if name not in run}
     return plan, run  # type: ignore[return-value]  # mypy does not follow names through dicts
+
+
+def split_replay(
+    options: MergeOptions | None, choices: VerifyChoices
+) -> tuple[MergeOptions | Mapping[str, Any], ReplayChoices]:
+    """Return what decides the bytes that an output should have, and how they are computed.
+
+    Raises:
+        ValueError: options and choices. TypeError: there is no such choice, or `options` are no MergeOptions.
+    """
+    if unknown := sorted(choices.keys() - VerifyChoices.__annotations__.keys()):
+        known = ", ".join(VerifyChoices.__annotations__)
+        raise TypeError(f"there is no choice {', '.join(unknown)}; those of a verification are {known}")
+    run = {name: value for name, value in choices.items() if name in ReplayChoices.__annotations__}
+    given = {name: value for name, value in choices.items() if name not in run}
+    settled = given if options is None else _given_options(options, given)
+    return settled, run  # type: ignore[return-value]  # mypy does not follow names through dicts
 
 
 def _other_inputs(plan: MergePlan, base: Place, adapters: Adapters) -> Iterator[Problem]:

@@ -32,7 +32,7 @@ from rawmerge.methods.interface import COLUMNS, ROWS, WHOLE
 from rawmerge.output.outcome import count_steps
 from rawmerge.plan_json import format_plan
 from rawmerge.run_options import RunOptions
-from rawmerge.verifying.findings import Verification
+from rawmerge.verifying.findings import NOT_REPLAYED, Verification
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAX_PROBLEMS: Final = 20
@@ -145,12 +145,15 @@ def left_out_lines(plan: MergePlan) -> list[str]:
 
 def verification_text(made: Verification) -> str:
     """Return what a verification found, in lines for people."""
-    elements = f"{made.tensor_count} tensors, {made.element_count} elements"
+    elements, notes = f"{made.tensor_count} tensors, {made.element_count} elements", list(made.notes)
     if made.findings:
         lines = [f"{quote(made.output)}: {len(made.findings)} finding{'s'[: len(made.findings) != 1]} in {elements}"]
         lines += _problem_lines(made.findings)
     elif not made.replayed:
-        lines = [f"{elements}: nothing in its headers, index, config and record contradicts the rest"]
+        said = [note for note in notes if note.startswith(NOT_REPLAYED)]  # who reads one line has to know it
+        notes = [note for note in notes if note not in said]
+        rest = "nothing in its headers, index, config and record contradicts the rest"
+        lines = [f"{elements}: {'; '.join([*said, rest])}"]
     elif made.differences:
         worst = max(item.max_ulps for item in made.differences)
         count = sum(item.differing for item in made.differences)
@@ -158,7 +161,7 @@ def verification_text(made: Verification) -> str:
         lines = [f"{elements}: what base and adapter give, within the tolerance: {within}"]
     else:
         lines = [f"{elements}: what base and adapter give, bit for bit"]
-    return "\n".join([*lines, *(printable(f"note: {note}") for note in made.notes)])
+    return "\n".join([*lines, *(printable(f"note: {note}") for note in notes)])
 
 
 def verification_json(made: Verification) -> str:
@@ -270,9 +273,8 @@ def _memory_text(plan: MergePlan, options: RunOptions) -> str:
         return f"cannot be merged here: {error.problems[0]}".partition("\n")[0]
     whole = [name for name, reach, _ in forecast.whole if reach == WHOLE]
     needs = f"; {len(whole)} tensors whole in memory, {some_names(whole[:1])} needs most" if whole else ""
-    torch = f", of it {format_bytes(forecast.torch)} torch" if forecast.torch else ", without torch"
-    once = ", imported this once to learn how it sums" if forecast.torch and forecast.is_first else ""
-    return f"about {format_bytes(forecast.peak)} at the peak{torch}{once}{needs}"
+    torch = f", of it {format_bytes(forecast.torch)} torch, {forecast.need}" if forecast.torch else ", without torch"
+    return f"about {format_bytes(forecast.peak)} at the peak{torch}{needs}"
 
 
 def _memory_fields(plan: MergePlan, options: RunOptions) -> dict[str, Any]:

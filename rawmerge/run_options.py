@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Final, TypedDict
+from typing import Any, Final, TypedDict
+
+from rawmerge.byte_sizes import byte_limit
 
 #: What makes a run fast, each of which `without` switches off, to measure what it is worth or to get round a fault.
 MECHANISMS: Final = {
@@ -20,10 +22,13 @@ DEVICE_NAMES: Final = r"cpu|mps|cuda(:\d{1,3})?"
 
 
 class ReplayChoices(TypedDict, total=False):
-    """Those fields of `RunOptions` that matter where nothing is written, as keyword arguments."""
+    """Those fields of `RunOptions` that matter where nothing is written, as keyword arguments.
+
+    A `max_memory` may be a text, such as `512M` or `2GiB`.
+    """
 
     threads: int | None
-    max_memory: int | None
+    max_memory: int | str | None
     without: Collection[str]
 
 
@@ -92,3 +97,20 @@ class RunOptions:
     def uses(self, mechanism: str) -> bool:
         """Whether one of `MECHANISMS` may be used."""
         return mechanism not in self.without
+
+
+def choose_run(choices: ReplayChoices) -> RunOptions:
+    """Return the choices of a run as a value.
+
+    Args:
+        choices: some of `RunChoices`.
+
+    Raises:
+        TypeError: there is no such choice. ValueError: a choice is none of its values.
+    """
+    given: dict[str, Any] = dict(choices)
+    if unknown := sorted(given.keys() - RunChoices.__annotations__.keys()):
+        raise TypeError(f"there is no choice {', '.join(unknown)}; those of a run are in RunOptions")
+    if isinstance(given.get("max_memory"), str):
+        given["max_memory"] = byte_limit("max_memory", given["max_memory"])
+    return RunOptions(**given)

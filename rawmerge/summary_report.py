@@ -61,10 +61,9 @@ def _cast_lines(lost: CastLosses) -> Iterator[str]:
         return
     low = {"became 0": lost.zeroed, "became subnormal": lost.subnormal}
     became = "".join(f", {count:,} {what}" for what, count in low.items() if count)
-    yield (
-        f"{lost.rounded:,} of {lost.elements:,} elements in {tensors} were rounded in the {cast}{became}; "
-        f"the largest relative error is {lost.largest}"
-    )
+    others = " of the others" if lost.zeroed else ""
+    error = f"; the largest relative error{others} is {lost.largest}" if lost.rounded > lost.zeroed else ""
+    yield f"{lost.rounded:,} of {lost.elements:,} elements in {tensors} were rounded in the {cast}{became}{error}"
 
 
 def _speed_text(summary: MergeSummary) -> str:

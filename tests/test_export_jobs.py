@@ -214,8 +214,8 @@ def test_ignored_keys_are_told_in_one_note_for_each_reason() -> None:
     job = llamafactory_job({**EXAMPLE, "learning_rate": 1e-4, "lora_rank": 8, "temperature": 0.7, "cutoff_len": 4096})
     assert list(job.notes) == [
         "learning_rate, lora_rank: ignored, for they concern training",
-        "cutoff_len: ignored, for they concern data",
-        "temperature: ignored, for they concern generation",
+        "cutoff_len: ignored, for it concerns data",
+        "temperature: ignored, for it concerns generation",
     ]
 
 

@@ -285,7 +285,7 @@ def test_the_command_tells_the_plain_merge_and_prints_the_folder(folder: Path) -
     assert done.stdout == "out dir\n"
     first, *rest = done.stderr.splitlines()
     assert first == "rawmerge merge base adapter --output 'out dir' --max-shard-size 2GB --tokenizer adapter"
-    assert "note: learning_rate: ignored, for they concern training" in rest
+    assert "note: learning_rate: ignored, for it concerns training" in rest
 
 
 def test_the_command_overwrites_and_verifies(folder: Path) -> None:

@@ -333,7 +333,7 @@ def test_a_length_that_lies_takes_no_memory(length: int) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(ShardFormatError, match="header"):
-            parse_header_length(struct.pack("<Q", length), 10, "f")
+            parse_header_length(struct.pack("<Q", length), 10, "f.safetensors")
         assert tracemalloc.get_traced_memory()[1] < 2**16
     finally:
         tracemalloc.stop()

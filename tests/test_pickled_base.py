@@ -245,6 +245,29 @@ def test_a_delta_on_one_name_of_a_tied_tensor_is_refused(tmp_path: Path) -> None
         rawmerge.merge_adapter(aliased(tmp_path), adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize("changed", [[0], [1], [0, 1], [2]])
+def test_a_delta_on_one_of_several_names_is_refused_and_kept_ones_go_through(
+    tmp_path: Path, changed: list[int]
+) -> None:
+    shared, own = random_tensor((12, 8), torch.float32), random_tensor((12, 8), torch.float32, 4)
+    names = [f"model.layers.{number}.shared_transf.q_proj" for number in range(3)]
+    tensors = dict(zip([f"{name}.weight" for name in names], [shared, shared, own], strict=True))
+    base = write_bins(tmp_path / "base", [tensors | {"model.norm.weight": random_tensor((8,), torch.float32)}])
+    pairs: dict[str, torch.Tensor] = {}
+    for number in changed:
+        pairs |= lora_pair(names[number], 12, 8, seed=number)
+    adapter = write_adapter(tmp_path / "adapter", pairs)
+    if {0, 1} & set(changed):
+        with pytest.raises(rawmerge.RefusedError, match=r"2 names of the same bytes: .*layers\.0.*layers\.1"):
+            rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:
+        rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+        after = read_all(tmp_path / "out")
+        assert raw(after[f"{names[0]}.weight"]) == raw(after[f"{names[1]}.weight"]) == raw(shared)
+        assert raw(after[f"{names[2]}.weight"]) != raw(own)
+
+
 @pytest.mark.parametrize(
     ("tensors", "name"),
     [

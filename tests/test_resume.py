@@ -96,6 +96,15 @@ def inodes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in folder.iterdir()}
 
 
+def test_what_is_kept_is_removed_by_the_command_that_is_told(layered: Paths, tmp_path: Path) -> None:
+    output = tmp_path / "it's $HOME; 2"
+    told = str(cut_off(layered, output, 1))
+    command = told.partition("`rawmerge clean ")[2].partition("` removes it")[0]
+    echoed = subprocess.run(["sh", "-c", f"printf %s {command}"], capture_output=True, text=True, check=True)
+    assert echoed.stdout == str(output)
+    assert len(rawmerge.clean_output(echoed.stdout)) == 1
+
+
 @pytest.mark.parametrize("finished", [1, 2])
 def test_the_same_command_goes_on_from_the_finished_shards(
     layered: Paths, tmp_path: Path, golden: dict[str, bytes], finished: int
@@ -466,7 +475,7 @@ def test_a_signal_ends_the_command_and_the_next_goes_on(tmp_path: Path, name: st
     assert done.returncode == code, done.stderr
     if name != "SIGKILL":
         assert "finished and kept in" in done.stderr
-        assert "rawmerge clean" in done.stderr
+        assert f"`rawmerge clean {tmp_path / 'out'}` removes it" in done.stderr
     again = subprocess.run(
         [sys.executable, "-m", "rawmerge", *command, "--json"], capture_output=True, text=True, timeout=60, check=False
     )

@@ -138,3 +138,27 @@ def test_options_that_do_not_go_together_are_refused(
     rawmerge.merge_adapter(base, adapters, tmp_path / "out", order="once")
     with pytest.raises(PlanError):
         rawmerge.verify_merge(tmp_path / "out", base, adapters, **options)
+
+
+def test_an_order_that_is_given_is_not_the_record_s_combination(
+    inputs: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, adapters = inputs[0], adapters_of("ties", inputs)
+    rawmerge.merge_adapter(base, adapters, tmp_path / "ties", combine="ties", density=0.5)
+    rawmerge.merge_adapter(base, adapters, tmp_path / "once", order="once")
+    assert rawmerge.verify_merge(tmp_path / "ties", base, adapters).is_equal
+    for order in ("once", "serial"):
+        assert not rawmerge.verify_merge(tmp_path / "ties", base, adapters, order=order).is_equal
+    assert rawmerge.verify_merge(tmp_path / "once", base, adapters, order="once").is_equal
+
+
+def test_options_without_inputs_are_of_no_use(inputs: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, adapters = inputs[0], adapters_of("ties", inputs)
+    rawmerge.merge_adapter(base, adapters, tmp_path / "out")
+    assert rawmerge.verify_merge(tmp_path / "out", threads=1, combine=None).is_equal
+    for chosen in ({"combine": "ties"}, {"seed": 0}, {"options": rawmerge.MergeOptions()}):
+        with pytest.raises(ValueError, match="of no use without base and adapter"):
+            rawmerge.verify_merge(tmp_path / "out", **chosen)
+    told = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--seed", "1", "--combine", "ties"])
+    assert told.exit_code == 2
+    assert "--combine, --seed: of no use without --base and --adapter" in told.output

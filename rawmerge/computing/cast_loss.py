@@ -17,6 +17,11 @@ from typing import Final
 _BITS: Final = {"F16": (11, 5), "BF16": (8, 8), "F32": (24, 8), "F64": (53, 11)}
 
 
+def significand_bits(code: str) -> int:
+    """Return the bits of a float dtype's significand, the hidden one included; `code` is safetensors'."""
+    return _BITS[code][0]
+
+
 def may_lose(source: str, target: str) -> bool:
     """Whether the float dtype `target` lacks some finite values of `source`; both are codes of safetensors."""
     (precision, exponent), (wide_precision, wide_exponent) = _BITS[source], _BITS[target]
@@ -33,7 +38,7 @@ class CastLoss:
         rounded: those that are stored as another value; infinities and NaN, which stay what they are, are none.
         zeroed: of them, those that became 0.
         subnormal: of them, those that are stored below the smallest normal number, with fewer bits, and are not 0.
-        largest: the largest distance from a value, in units of the value: at most 1, which what became 0 has.
+        largest: the largest distance from a value, in units of the value, of those that did not become 0: at most 1.
     """
 
     dtype: str

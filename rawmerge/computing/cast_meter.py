@@ -47,6 +47,8 @@ def _loss(values: torch.Tensor, stored: torch.Tensor, scratch: TileScratch, dtyp
     limit = torch.finfo(stored.dtype).smallest_normal
     low = int(torch.dot(torch.lt(wide.abs_(), limit, out=wide), is_rounded))
     zeroed = int(torch.dot(torch.eq(stored, 0, out=wide), is_rounded)) if low else 0
+    if zeroed:  # of which each error is -1, and would hide the others'
+        largest = _largest(error.addcmul_(wide, is_rounded))
     return CastLoss(dtype, count, rounded, zeroed, low - zeroed, largest)
 
 

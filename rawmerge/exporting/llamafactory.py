@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from rawmerge.adapter_source import split_weight
-from rawmerge.dtypes import OUTPUT_DTYPES
+from rawmerge.dtypes import OUTPUT_DTYPES, did_you_mean
 from rawmerge.errors import quote
 from rawmerge.exporting.export_job import KEPT_SHARDS, LEGACY_FORMAT, SAFETENSORS, ExportJob
 from rawmerge.exporting.llamafactory_keys import KNOWN, REFUSED, idle_notes, nearest
@@ -129,11 +129,13 @@ class _Reader:
         return inner + adapter.removeprefix(place)
 
     def _dtype(self) -> str | None:
-        chosen = self.keys.choice("infer_dtype", (_AUTO, *OUTPUT_DTYPES), _AUTO)
+        meant = did_you_mean(self.keys.value("infer_dtype"), OUTPUT_DTYPES).removeprefix("; ")
+        chosen = self.keys.choice("infer_dtype", (_AUTO, *OUTPUT_DTYPES), _AUTO, meant)
         return None if chosen == _AUTO else chosen
 
     def _shard_size(self) -> int | None:
-        gigabytes = self.keys.whole("export_size", "a whole number of gigabytes (of 10^9 bytes), at least 1")
+        hint = "write 1 (GB), or use `rawmerge merge --max-shard-size`, which takes 512MiB too"
+        gigabytes = self.keys.whole("export_size", "a whole number of gigabytes (of 10^9 bytes), at least 1", hint)
         if gigabytes is None and self.keys.value("export_size") is None:
             self.notes.append(KEPT_SHARDS)
         return None if gigabytes is None else gigabytes * 10**9

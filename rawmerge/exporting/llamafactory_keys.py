@@ -185,7 +185,11 @@ def idle_notes(names: Iterable[str]) -> list[str]:
     """Return a sentence for each group of keys that change nothing, of those that are set."""
     given = set(names)
     found = ((group.reason, sorted(group.names & given)) for group in IDLE)
-    return [f"{', '.join(keys)}: ignored, for {reason}" for reason, keys in found if keys]
+    return [f"{', '.join(keys)}: ignored, for {_of(reason, len(keys))}" for reason, keys in found if keys]
+
+
+def _of(reason: str, count: int) -> str:
+    return reason.replace("they concern", "it concerns") if count == 1 else reason
 
 
 def nearest(name: str, known: Iterable[str] = KNOWN) -> str:

@@ -86,12 +86,12 @@ class TypedKeys:
         self.refuse(key, "true or false")
         return False
 
-    def whole(self, key: str, expected: str) -> int | None:
+    def whole(self, key: str, expected: str, hint: str = "") -> int | None:
         """Return a positive whole number, None where it is not set."""
         value = self._table.get(key)
         if value is None or (type(value) is int and 0 < value < 10**9):
             return value
-        self.refuse(key, expected)
+        self.refuse(key, expected, hint)
         return None
 
     def texts(self, key: str) -> tuple[str, ...]:

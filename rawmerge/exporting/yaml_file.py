@@ -39,7 +39,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = read_small_file(path, MAX_YAML_BYTES)
     except MissingFileError as error:
-        raise MissingFileError(*(replace(problem, hint=_WHAT) for problem in error.problems)) from error
+        raise MissingFileError(*(_missing(path, problem) for problem in error.problems)) from error
     try:
         document = parse_yaml(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -108,6 +108,13 @@ def _with_value(table: Mapping[str, Any], path: list[str], value: Any) -> dict[s
     first, *rest = path
     inner = table.get(first)
     return {**table, first: _with_value(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
+
+
+def _missing(path: Path, problem: Problem) -> Problem:
+    """Return why a file cannot be read, without the bound that only a large one meets."""
+    if path.is_dir():
+        return Problem(problem.subject, "a file", "a folder", _WHAT)
+    return replace(problem, expected=problem.expected if path.is_file() else "a file", hint=_WHAT)
 
 
 def _refused(path: Path, found: str) -> RefusedError:

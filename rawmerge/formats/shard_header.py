@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import PurePath
 from typing import Any, Final
 
 from rawmerge.dtypes import DTYPES, StorageDtype
@@ -25,6 +26,7 @@ MAX_RANK: Final = 64
 #: Of a tensor's name: looking for its module takes a time that grows faster than its length.
 MAX_NAME_CHARACTERS: Final = 4096
 ALIGNMENT: Final = 8
+_ENDING: Final = ".safetensors"
 _METADATA: Final = "__metadata__"
 _ENTRY_FIELDS: Final = {"dtype", "shape", "data_offsets"}
 
@@ -85,11 +87,11 @@ def parse_header_length(prefix: bytes, file_size: int, path: str) -> int:
         ShardFormatError: the file is too short, or the length is beyond the file or the format's limit.
     """
     if len(prefix) < LENGTH_PREFIX.size:
-        raise _broken(path, "a safetensors file of at least 8 bytes", f"{len(prefix)} bytes")
+        raise _no_shard(path) or _broken(path, "a safetensors file of at least 8 bytes", f"{len(prefix)} bytes")
     length: int = LENGTH_PREFIX.unpack(prefix)[0]
     limit = min(MAX_HEADER_BYTES, file_size - LENGTH_PREFIX.size)
     if length > limit:
-        raise _broken(path, f"a header of at most {limit} bytes", f"a header length of {length}")
+        raise _no_shard(path) or _broken(path, f"a header of at most {limit} bytes", f"a header length of {length}")
     return length
 
 
@@ -129,6 +131,18 @@ def encode_header(text: str) -> bytes:
     """Return the first bytes of a safetensors file with this header text: length prefix and JSON."""
     raw = text.encode()
     return LENGTH_PREFIX.pack(len(raw)) + raw
+
+
+def _no_shard(path: str) -> ShardFormatError | None:
+    """Return the error of a file that its name makes no shard either; None for one that is damaged."""
+    ending = PurePath(path).suffix.lower()
+    if ending == _ENDING:
+        return None
+    is_yaml = ending in {".yaml", ".yml"}
+    hint = (
+        "a merge file is for `rawmerge export`" if is_yaml else "name a folder, or a file of safetensors or torch.save"
+    )
+    return ShardFormatError(Problem(path, "a safetensors file", "no safetensors file", hint))
 
 
 def _broken(path: str, expected: str, found: str) -> ShardFormatError:

@@ -24,7 +24,8 @@ class CastLosses:
         elements: how many they have.
         rounded: those that are stored as another value; zeroed: of them, those that became 0; subnormal: those that
             are stored below the smallest normal number, with fewer bits, and are not 0.
-        largest: the largest relative distance from a value, with four digits: the rest depends on the arithmetic.
+        largest: the largest relative distance from a value, of those that did not become 0, with four digits: the rest
+            depends on the arithmetic.
         worst: tensors that lost something, those with the most zeros first, then those with the largest share of
             rounded elements; at most `MOST_NAMED`.
     """

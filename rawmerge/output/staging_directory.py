@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
@@ -200,7 +201,7 @@ class StagingDirectory:
         count = "1 shard is" if len(names) == 1 else f"{len(names)} shards are"
         error.add_note(
             f"nothing was published; {count} finished and kept in {quote(self.folder)} ({size}): the same command goes "
-            "on from there, `rawmerge clean OUTPUT` removes it"
+            f"on from there, `rawmerge clean {_shell_word(self.output)}` removes it"
         )
 
     def _remove_folder(self) -> None:
@@ -240,6 +241,12 @@ def remove_entry(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _shell_word(path: Path) -> str:
+    """Return a path as a shell takes it; one with control characters is escaped, which no shell takes back."""
+    text = str(path.absolute()) if str(path).startswith("-") else str(path)
+    return shlex.quote(text) if text.isprintable() else quote(text)
 
 
 def hidden_beside(output: Path) -> Path:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import ceil, isclose, isfinite, sqrt
-from typing import Final
+from typing import Final, TypeAlias
 
+from rawmerge.computing.cast_loss import significand_bits
 from rawmerge.errors import Problem
 from rawmerge.merge_plan import MergePlan, Update, UpdateTensor
 from rawmerge.verifying.compared_shard import is_changed
@@ -27,6 +29,9 @@ _IMPRECISION: Final = 0.1
 _BLUR: Final = 0.08
 #: Scales that differ by more are no common one.
 _SPREAD: Final = 0.05
+_TWICE: Final = "the sum was rounded to the base's dtype first, as LLaMA-Factory does"
+#: Makes one finding of tensors that differ alike.
+_Tell: TypeAlias = Callable[[Sequence[TensorDifference]], Problem]
 
 
 def diagnose(plan: MergePlan, differences: Sequence[TensorDifference], tolerance: float) -> Iterator[Problem]:
@@ -38,28 +43,26 @@ def diagnose(plan: MergePlan, differences: Sequence[TensorDifference], tolerance
         tolerance: distance that is let pass in tensors that the adapter changes, in units in the last place.
     """
     kept = [item for item in differences if not item.is_updated]
-    updated = [item for item in differences if item.is_updated and not _is_within(item, tolerance)]
     if kept:
         yield _kept(plan, kept)
-    bare = [item for item in updated if item.equals_base]
-    if bare:
-        yield _bare(plan, bare)
-    others = [item for item in updated if not item.equals_base]
-    if partly := [item for item in others if _is_partly_bare(item)]:
-        found = f"the base without the delta in part of {_count(partly)}: {_measured(partly)}"
-        hint = "the adapter was applied to some rows, experts or blocks of them only"
-        yield Problem(_names(partly), "base and delta", found, hint)
-    others = [item for item in others if item not in partly]
-    if scaled := [item for item in others if _is_scaled(item)]:
-        yield _scaled(plan, scaled)
-    others = [item for item in others if item not in scaled]
-    if rounded := [item for item in others if item.max_ulps <= _ROUNDING_ULPS]:
-        yield _rounded(rounded)
-    others = [item for item in others if item not in rounded]
-    if imprecise := [item for item in others if _is_imprecise(item)]:
-        yield _imprecise(imprecise)
-    if strange := [item for item in others if item not in imprecise]:
-        yield _strange(strange)
+    others = [item for item in differences if item.is_updated and not _is_within(item, tolerance)]
+    for is_such, tell in _causes(plan):
+        found = [item for item in others if is_such(item)]
+        others = [item for item in others if item not in found]
+        if found:
+            yield tell(found)
+
+
+def _causes(plan: MergePlan) -> Iterator[tuple[Callable[[TensorDifference], bool], _Tell]]:
+    """Yield what differences in changed tensors may come from, each with its finding; the first that fits counts."""
+    limits = _twice_limits(plan)
+    yield (lambda item: item.equals_base), partial(_bare, plan)
+    yield _is_partly_bare, _partly_bare
+    yield _is_scaled, partial(_scaled, plan)
+    yield (lambda item: _is_rounded_twice(item, limits)), _rounded_twice
+    yield (lambda item: item.max_ulps <= _ROUNDING_ULPS), partial(_rounded, limits)
+    yield _is_imprecise, _imprecise
+    yield (lambda _: True), _strange
 
 
 def _is_scaled(item: TensorDifference) -> bool:
@@ -102,10 +105,40 @@ def _scaled(plan: MergePlan, scaled: Sequence[TensorDifference]) -> Problem:
     return Problem(_names(scaled), "base and delta", found, _meaning(plan, scale))
 
 
-def _rounded(rounded: Sequence[TensorDifference]) -> Problem:
+def _twice_limits(plan: MergePlan) -> dict[str, float]:
+    """Return how far a sum may be off that was rounded to the base's dtype before the output's, in ulps of the latter.
+
+    Only tensors are listed of which the base has a dtype of 16 bits, and the output another.
+    """
+    limits = {}
+    for step in plan.steps():
+        if isinstance(step, UpdateTensor) and step.updates and step.base_dtype in {"BF16", "F16"} - {step.entry.dtype}:
+            gained = significand_bits(step.entry.dtype) - significand_bits(step.base_dtype)
+            limits[step.entry.name] = 2 ** max(gained, 0) / 2 + 1
+    return limits
+
+
+def _is_rounded_twice(item: TensorDifference, limits: Mapping[str, float]) -> bool:
+    """Whether another rounding than the output's explains a difference that one rounding does not."""
+    is_small = _ROUNDING_ULPS < item.max_ulps <= limits.get(item.name, 0)
+    return is_small and item.differing > _EVERYWHERE * item.element_count
+
+
+def _rounded_twice(twice: Sequence[TensorDifference]) -> Problem:
+    return Problem(_names(twice), "base and delta", _measured(twice), f"{_TWICE}: --like llamafactory")
+
+
+def _partly_bare(partly: Sequence[TensorDifference]) -> Problem:
+    found = f"the base without the delta in part of {_count(partly)}: {_measured(partly)}"
+    hint = "the adapter was applied to some rows, experts or blocks of them only"
+    return Problem(_names(partly), "base and delta", found, hint)
+
+
+def _rounded(limits: Mapping[str, float], rounded: Sequence[TensorDifference]) -> Problem:
     tolerance = ceil(max(item.max_ulps for item in rounded))
     count = sum(item.differing for item in rounded)
     cause = "the arithmetic was another, such as another dtype's or device's" if count >= _FEW else "so few are damage"
+    cause += f", or {_TWICE}" if any(item.name in limits for item in rounded) else ""
     hint = f"{cause}; --tolerance {tolerance} lets it pass"
     return Problem(_names(rounded), "base and delta, bit for bit", _measured(rounded), hint)
 

@@ -103,6 +103,12 @@ def record_problems(plan: MergePlan, record: Mapping[str, Any]) -> Iterator[Prob
         "history": "the adapters that the base held before",
         "options": "the options of this verification",
     }
+    if len(plan.adapters) != len(recorded := _listed(record.get("adapters"))):
+        parts = {part: parts[part] for part in ("base", "history")}  # the others follow from the adapters
+        yield _other_count(len(plan.adapters), len(recorded))
+    elif weights := tuple(_weight_problems(plan, expected, record)):
+        del parts["adapters"]
+        yield from weights
     hint = ""
     if _are_in_another_order(expected, record):
         if record_options(record).get("order") == ONCE:  # their sum has none
@@ -118,6 +124,26 @@ def record_problems(plan: MergePlan, record: Mapping[str, Any]) -> Iterator[Prob
 def _are_in_another_order(expected: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
     sides = [[_without_repo(item) for item in _listed(at.get("adapters"))] for at in (expected, record)]
     return sides[0] != sides[1] and all(sides[0].count(item) == sides[1].count(item) for item in (*sides[0], *sides[1]))
+
+
+def _other_count(given: int, recorded: int) -> Problem:
+    texts = [f"{count} adapter{'s'[: count != 1]}" for count in (given, recorded)]
+    hint = f"the output was made from {texts[1]}; {given} {'was' if given == 1 else 'were'} given: name each of them"
+    return Problem(f"{RECORD_NAME}: adapters", f"{texts[0]}, as given", texts[1], hint)
+
+
+def _weight_problems(plan: MergePlan, expected: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield which adapters have another weight in the record, where that is all that is other."""
+    found = [item if isinstance(item, dict) else {} for item in _listed(record.get("adapters"))]
+    bare = [[{**_without_repo(item), "weight": 0} for item in items] for items in (expected["adapters"], found)]
+    if bare[0] != bare[1] or _are_in_another_order(expected, record):
+        return
+    for adapter, item in zip(plan.adapters, found, strict=True):
+        weight = item.get("weight", 1.0)
+        if weight != adapter.weight and isinstance(weight, float):  # what else a stranger wrote is `another`
+            name = quote(Path(adapter.root).name)
+            hint = f"write its weight behind its name, as in {quote(f'{adapter.root}:{weight:g}')}"
+            yield Problem(f"{RECORD_NAME}: adapters", f"{name} with the weight {adapter.weight:g}", f"{weight:g}", hint)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from rawmerge.errors import Problem
+
+#: How the note begins of a verification without base and adapter, before what is said of the values.
+NOT_REPLAYED: Final = "base and adapter were not given: values were "
 
 
 @dataclass(frozen=True, slots=True)

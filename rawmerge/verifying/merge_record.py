@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from rawmerge.dtypes import AUTO_DTYPE
 from rawmerge.errors import Problem
 from rawmerge.inputs.identity import RECORD_NAME, read_record
-from rawmerge.merge_options import CHOICES, COMBINING, SERIAL, MergeOptions, settled_order
+from rawmerge.merge_options import CHOICES, COMBINING, LIKE_SHARD_BYTES, MergeOptions, settled_order
 
 #: Fields of `MergeOptions` by the record's names for them, and what the record calls an empty one.
 _RECORDED: Final = {
@@ -55,19 +57,34 @@ class MergeRecord:
         for name, (field, empty) in _RECORDED.items():
             self._take(field, name, stated.get(name, empty) if isinstance(stated, dict) else empty, empty)
 
-    def options(self, given: Mapping[str, str | int | float | None]) -> MergeOptions:
-        """Return the choices by which the output is replayed: those given, else the record's, else the usual ones.
+    def options(self, given: MergeOptions | Mapping[str, str | int | float | None], adapter_count: int) -> MergeOptions:
+        """Return the choices by which the output is replayed.
+
+        Args:
+            given: all of them; or name by name, for those that are not named the record's, else the usual ones.
+            adapter_count: how many adapters were given: what the record says of several means nothing of one.
 
         A wrong base must not keep the replay from being made: it is what a verification is to find.
 
         Raises:
             PlanError: they do not go together.
         """
+        if isinstance(given, MergeOptions):
+            return replace(given, force=True, card=self._has_card())
         stated = settled_order({name: value for name, value in given.items() if value is not None})
         recorded = self._options
-        if "combine" in stated or stated.get("order") == SERIAL:  # another way to make one of several than the record's
+        is_other = not {"combine", "order"}.isdisjoint(stated)  # another way to make one of several
+        if is_other or (adapter_count == 1 and adapter_count != self.adapter_count):
             recorded = {name: value for name, value in recorded.items() if name not in {"order", *COMBINING}}
+        if stated.get("like"):
+            recorded = {"dtype": AUTO_DTYPE, "max_shard_size": LIKE_SHARD_BYTES, **recorded}
         return MergeOptions(**{**recorded, **stated}, force=True, card=self._has_card())
+
+    @property
+    def adapter_count(self) -> int:
+        """How many adapters the record tells of."""
+        adapters = self.fields.get("adapters")
+        return len(adapters) if isinstance(adapters, list) else 0
 
     def notes(self) -> Iterator[str]:
         """Yield why a replay may differ from an output that is right."""

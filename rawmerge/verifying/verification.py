@@ -22,7 +22,7 @@ from rawmerge.verifying.checkpoint_check import checkpoint_problems
 from rawmerge.verifying.config_check import config_notes, config_problems
 from rawmerge.verifying.diagnosis import diagnose
 from rawmerge.verifying.file_check import card_problems, file_notes, file_problems
-from rawmerge.verifying.findings import TensorDifference, Verification
+from rawmerge.verifying.findings import NOT_REPLAYED, TensorDifference, Verification
 from rawmerge.verifying.folder_check import FolderCheck
 from rawmerge.verifying.merge_record import MergeRecord
 from rawmerge.verifying.replay import layout_problems, replay
@@ -48,9 +48,9 @@ class OutputVerifier:
         self._record = MergeRecord(output)
         self._found, self._unreadable = _read(output.absolute())
 
-    def options(self, given: Mapping[str, str | int | float | None]) -> MergeOptions:
-        """Return the choices by which the output is replayed: those given, else its record's, else the usual ones."""
-        return self._record.options(given)
+    def options(self, given: MergeOptions | Mapping[str, str | int | float | None], adapter_count: int) -> MergeOptions:
+        """Return the choices by which the output is replayed; see `MergeRecord.options`."""
+        return self._record.options(given, adapter_count)
 
     def alone(self) -> Verification:
         """Verify what the output tells of itself: headers, index, config, record, and the checksums of its files.
@@ -63,7 +63,7 @@ class OutputVerifier:
             return self._halted(replayed=False)
         folder = FolderCheck(found, is_ours=self._record.exists)
         looked = f"compared by {MANIFEST_NAME} only" if folder.has_manifest else "not looked at"
-        notes = (*config_notes(found), f"base and adapter were not given: values were {looked}")
+        notes = (*config_notes(found), f"{NOT_REPLAYED}{looked}")
         return self._verification(found, folder, config_problems(found), notes)
 
     def against(
@@ -160,11 +160,14 @@ def verify_staged(folder: Path, plan: MergePlan, options: RunOptions, report: Pr
 
 
 def _check_is_checkpoint(output: Path) -> None:
-    found = "nothing there" if not output.exists() else "an adapter" if is_adapter(output) else ""
-    if found:
-        was_cut_off = not output.exists() and hidden_beside(output).exists()
-        left = f"a merge to it was cut off ({quote(hidden_beside(output))}): run its command again"
-        hint = left if was_cut_off else ""
+    if output.exists():
+        found, hint = "an adapter", "name the output first, and the adapter behind --adapter"
+        is_wrong = is_adapter(output)
+    else:
+        found, hint, is_wrong = "nothing there", "check the path: a directory, or a file of weights", True
+        if hidden_beside(output).exists():
+            hint = f"a merge to it was cut off ({quote(hidden_beside(output))}): run its command again"
+    if is_wrong:
         raise MissingFileError(Problem(str(output), "a merged checkpoint", found, hint))
 
 
