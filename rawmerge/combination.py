@@ -36,11 +36,15 @@ from rawmerge.methods.interface import COLUMNS, ROWS, WHOLE, number
 
 _KIND: Final = "kind"
 _WINDOW: Final = WINDOWS.removeprefix("/")
-#: Blocks of one dtype that a thread holds beside those of all deltas.
-_BLOCKS: Final = 6
-#: What a pass over magnitudes takes: its counts, and bytes for each element that is looked at.
+#: Blocks of one dtype that a thread holds beside those of all deltas: where signs are elected, where deltas are pruned,
+#: and where they are only summed.
+_ELECTION_BLOCKS: Final = 7
+_PRUNING_BLOCKS: Final = 6
+_SUM_BLOCKS: Final = 2
+#: What a pass over magnitudes takes: its counts, and bytes for each element that is looked at, with what the allocator
+#: keeps of it.
 _COUNTS_BYTES: Final = 3 * 8 * 2**16
-_LOOK_BYTES: Final = 32
+_LOOK_BYTES: Final = 44
 #: What importing numpy's random numbers takes, and a block of them.
 _RANDOM_BYTES: Final = 8 * 10**6
 #: What combining factors takes for each of their elements: the stack, its product, signs and masks, the result.
@@ -260,8 +264,14 @@ def parts_of(update: Update) -> Iterator[Update]:
 def block_count(step: UpdateTensor | ReplaceTensor) -> int:
     """Return how many blocks a thread holds for a step's combination beside those of any step; 0 where it has none."""
     updates = step.updates if isinstance(step, UpdateTensor) else ()
-    tasks = [len(combination_of(update).tasks) for update in updates if update.kind == COMBINATION]
-    return max(tasks) + _BLOCKS if tasks else 0
+    mixes = [combination_of(update) for update in updates if update.kind == COMBINATION]
+    return max((len(mix.tasks) + _blocks_beside(mix) for mix in mixes), default=0)
+
+
+def _blocks_beside(mix: Combination) -> int:
+    if mix.elects_signs:
+        return _ELECTION_BLOCKS
+    return _PRUNING_BLOCKS if mix.prunes_by_magnitude or mix.prunes_by_chance else _SUM_BLOCKS
 
 
 def update_problems(step: UpdateTensor, known: Container[str]) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from rawmerge.byte_sizes import format_bytes, parse_bytes
 from rawmerge.cli import cli
 from rawmerge.computing.factor_parts import PART_BYTES
 from rawmerge.computing.large_factors import HELD_ELEMENTS
+from rawmerge.computing.plain_pairs import find_pairs
 from rawmerge.computing.step_paths import StepPaths
 from rawmerge.engine.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS
 from rawmerge.errors import MemoryLimitError, MergeError
@@ -28,6 +29,7 @@ from rawmerge.memory.budget import MemoryBudget, choose_budget
 from rawmerge.memory.forecast import MemoryForecaster
 from rawmerge.memory.limit import MemoryLimit
 from rawmerge.memory.process_peak import PeakMeter, start_meter
+from rawmerge.memory.tile_memory import PairBuffers
 from rawmerge.native import kernel
 from rawmerge.report import plan_text
 from rawmerge.run_options import RunOptions
@@ -125,9 +127,12 @@ def test_a_plan_is_told_with_the_memory_that_the_merge_would_take(wide: tuple[Pa
         assert (refused.exit_code, "20.97 MB of memory (--max-memory)" in refused.output) == (3, True)
 
 
-@pytest.mark.parametrize("value", ["30M", "30", 30.5, True, 0])
+@pytest.mark.parametrize("value", ["many", "30", 30.5, True, 0])
 def test_a_limit_that_is_no_number_of_bytes_is_a_wrong_argument(wide: tuple[Path, Path], value: Any) -> None:
-    with pytest.raises(ValueError, match="max_memory must be a positive whole number of bytes"):
+    message = (
+        "max_memory: expected a size" if isinstance(value, str) else "max_memory must be a positive whole number of"
+    )
+    with pytest.raises(ValueError, match=message):
         rawmerge.merge_adapter(*wide, wide[0].parent / "out", max_memory=value)
 
 
@@ -153,7 +158,7 @@ def test_the_control_groups_limit_counts_where_no_other_is_given(
     plan = rawmerge.plan_merge(*wide)
     monkeypatch.setattr(memory_budget, "group_limit", lambda: MemoryLimit(5 * MEBIBYTE, "memory.x", is_hard))
     if is_refused:
-        with pytest.raises(MemoryLimitError, match=r"memory\.x.*--max-memory says how much to take all the same|first"):
+        with pytest.raises(MemoryLimitError, match=r"(?s)memory\.x.*raise that limit to \S+ MB or more"):
             choose_budget(plan, RunOptions())
         assert "cannot be merged here" in plan_text(plan)
     else:
@@ -195,7 +200,7 @@ def test_the_kernel_alone_is_predicted_where_its_trials_are_known(wide: tuple[Pa
     before = choose_budget(plan, RunOptions())[1]
     summary = rawmerge.run_plan(plan, output)
     after = choose_budget(plan, RunOptions())[1]
-    assert (before.torch > 0, before.is_first or before.torch == 0) == (before.torch > 0, True)
+    assert (before.torch > 0, before.need.is_trial or before.torch == 0) == (before.torch > 0, True)
     assert after.torch == 0
     assert after.peak < 64 * 10**6
     assert "without torch" in plan_text(plan)
@@ -348,3 +353,18 @@ def test_a_bug_stays_a_bug(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("rawmerge.run.write_output", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         rawmerge.merge_adapter(*wide, wide[0].parent / "out")
+
+
+def test_a_thread_keeps_the_largest_buffer_for_each_purpose(tmp_path: Path) -> None:
+    """The tensor with the largest tile need not be that with the largest factors."""
+    shapes = {"wide": (64, 4096), "deep": (2048, 72)}
+    base = write_base(tmp_path / "base", [{f"{name}.weight": random_tensor(shape) for name, shape in shapes.items()}])
+    pairs = lora_pair("wide", *shapes["wide"], rank=2) | lora_pair("deep", *shapes["deep"], rank=64)
+    adapter = write_adapter(tmp_path / "adapter", pairs, r=2, rank_pattern={"deep": 64})
+    found = [find_pairs(step, "float32") for step in rawmerge.plan_merge(base, adapter).steps()]
+    assert [len(own) for own in found] == [1, 1]
+    single = [PairBuffers([own], 2**20).most(1) for own in found]
+    both = PairBuffers(found, 2**20)
+    tile, left = 64 * 4096 * 2, 2048 * 64 * 4  # a left factor is read in one buffer, and packed in another
+    assert both.most(1) >= tile + 2 * left > max(single)
+    assert both.most(2) >= sum(single)

@@ -2,7 +2,8 @@
 
 They are found by trial, for which torch is imported; a run that finds all it needs here does without torch. What is
 remembered holds for one processor, one torch, one build of the kernel, one set of the variables that libraries heed,
-and one number of processors. A file that cannot be read or written costs the time of the trials and nothing else.
+and the same processors to run on; a machine that is alike in these may be given a copy. A file that cannot be read or
+written costs the time of the trials and nothing else.
 """
 
 from __future__ import annotations
@@ -83,11 +84,10 @@ def _processor() -> str:
     return "\n".join(line for line in first.splitlines() if line.partition("\t")[0].strip() in told)
 
 
-def _build() -> list[int]:
-    """Return what tells one build of the kernel from another."""
+def _build() -> str:
+    """Return what tells one build of the kernel from another, wherever and whenever it was installed: its SHA-256."""
     path = library_path()
-    status = path.stat() if path else None
-    return [status.st_size, status.st_mtime_ns] if status else []
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
 def _key(recipe: Recipe) -> str:

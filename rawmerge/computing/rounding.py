@@ -10,6 +10,8 @@ _CANONICAL_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 
 #: Bits of a float32 that are all zero where it lies on a tie of the dtype, and seldom elsewhere.
 _LOW_BITS = {torch.bfloat16: 0x7FFF, torch.float16: 0x0FFF}
 _COMPARED_ELEMENTS = 2**16
+#: Ties that are rounded at a time, in some 50 bytes each; where nothing but the dtype changes, every element is one.
+_TIES = 2**14
 _SAME_SIZE_INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CANONICAL_NAN[torch.float64] = 0x7FF8000000000000
 
@@ -34,8 +36,9 @@ def _round_apart(result: torch.Tensor, values: torch.Tensor) -> None:
     result.copy_(nearest)
     bits = nearest.view(torch.int32).numpy().reshape(-1)
     ties = torch.from_numpy(np.flatnonzero((bits & _LOW_BITS[result.dtype]) == 0))
-    if len(ties):
-        result.view(-1)[ties] = _round_to_odd(values.view(-1)[ties]).to(result.dtype)
+    for first in range(0, len(ties), _TIES):
+        part = ties[first : first + _TIES]
+        result.view(-1)[part] = _round_to_odd(values.view(-1)[part]).to(result.dtype)
 
 
 def round_through_odd(result: torch.Tensor, values: torch.Tensor) -> None:

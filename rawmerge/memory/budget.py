@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from rawmerge.byte_sizes import format_bytes
+from rawmerge.computing.certificates import FILE_NAME
 from rawmerge.computing.step_paths import StepPaths
 from rawmerge.engine.tiles import BLOCK_ELEMENTS, TILE_ELEMENTS
 from rawmerge.errors import MemoryLimitError, Problem
@@ -21,6 +22,7 @@ from rawmerge.memory.forecast import MemoryForecast, MemoryForecaster
 from rawmerge.memory.limit import MemoryLimit, address_space_limit, data_limit, group_limit
 from rawmerge.merge_plan import MergePlan
 from rawmerge.run_options import RunOptions
+from rawmerge.user_cache import cache_folder
 
 MAX_THREADS: Final = 8
 #: What a merge takes, unless told, beside Python and torch.
@@ -138,7 +140,7 @@ def _refusal(least: MemoryForecast, limit: MemoryLimit, reserved: int) -> Proble
     name, held = least.largest
     parts = {
         "Python and the plan": least.python,
-        "torch": least.torch,
+        f"torch ({least.need})": least.torch,
         "buffers": least.buffers,
         "this tensor": held,
         "libraries and trials": least.updates - held,
@@ -152,17 +154,31 @@ def _refusal(least: MemoryForecast, limit: MemoryLimit, reserved: int) -> Proble
 
 
 def _hint(least: MemoryForecast, limit: MemoryLimit, needed: str) -> str:
-    least_possible = "that is for one thread already"
-    if least.torch and least.is_first:
+    if least.need.is_trial:
         return (
-            "only the first merge of such shapes needs torch, to learn how it sums; run one without the limit, or with "
-            f"{needed}"
+            f"only the first merge of such shapes needs torch, to learn how it sums: {_allowing(limit, needed)}; or "
+            "make it on a machine of the same processors, Python, torch and rawmerge, and copy its "
+            f"{FILE_NAME} to {_remembered_at()}"
         )
-    if limit.origin == "--max-memory":
-        return f"give it --max-memory {needed.replace(' ', '')} or more; {least_possible}"
-    if limit.origin.startswith("RLIMIT"):
-        return f"raise that limit to {needed} or more; {least_possible}"
-    return f"raise that limit to {needed} or more; --max-memory says how much to take all the same"
+    way = f"{_allowing(limit, needed)}; that is for one thread already"
+    return f"{way}; without --dtype, plain LoRA takes no torch once its shapes are known" if least.need.is_cast else way
+
+
+def _allowing(limit: MemoryLimit, needed: str) -> str:
+    """Return how a limit is raised; never one that the system would go on to enforce."""
+    if limit.origin != "--max-memory":
+        return f"raise that limit to {needed} or more (--max-memory does not: the system would end the merge there)"
+    allowed = group_limit()
+    if allowed and allowed.is_hard and allowed.byte_count < float(needed.split()[0]) * 10**6:
+        return f"raise {allowed.origin} to {needed} or more first, then give it --max-memory {needed.replace(' ', '')}"
+    return f"give it --max-memory {needed.replace(' ', '')} or more"
+
+
+def _remembered_at() -> str:
+    try:
+        return str(cache_folder())
+    except OSError:
+        return "$XDG_CACHE_HOME/rawmerge"
 
 
 def _check_address_space(forecaster: MemoryForecaster) -> None:
