@@ -42,6 +42,7 @@ from rawmerge.output.side_files import SideFile, differing_tokenizer_files, list
 from rawmerge.pickled_plan import as_pickles
 from rawmerge.planner import Planner, check_unique, input_file, sha256_of
 from rawmerge.resharding import reshard
+from rawmerge.saved_model.peft_differences import check_adapter
 from rawmerge.weighted_plan import plan_with_weight, weighted_plan
 
 
@@ -89,7 +90,7 @@ def _resharded(plan: MergePlan, base: BaseCheckpoint, options: MergeOptions) -> 
         from rawmerge.saved_model.layout_request import saved_layout  # few merges need it
         from rawmerge.saved_model.like_saved import like_saved
 
-        return like_saved(plan, saved_layout(base, options.dtype, options.max_shard_size), base.config)
+        return like_saved(plan, saved_layout(base, options.dtype, options.max_shard_size), base)
     return reshard(plan, options.max_shard_size) if options.max_shard_size else plan
 
 
@@ -125,6 +126,8 @@ def _plan_one(
     base: BaseCheckpoint, source: AdapterSource, adapter: Adapter, options: MergeOptions, base_repo: str
 ) -> tuple[Planner, MergePlan]:
     """Return the plan of one adapter by itself, and what made it."""
+    if options.like:
+        check_adapter(base, adapter)
     order = layer_order(adapter.config.layer_replication)
     notes = check_identity(base, adapter, base_repo, is_forced=options.force)
     base = replicate_layers(base, order) if order else base

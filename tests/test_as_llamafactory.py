@@ -6,9 +6,11 @@ What transformers would say is written down here; `tests/parity/test_as_llamafac
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from rawmerge.exporting.export_job import KEPT_SHARDS, LEGACY_FORMAT, ExportJob
 from rawmerge.exporting.export_run import plan_export
 from rawmerge.exporting.llamafactory import llamafactory_job
 from rawmerge.merge_plan import KeepTensor, ReplaceTensor, UpdateTensor
-from rawmerge.saved_model import layout_request
+from rawmerge.saved_model import layout_request, meta_model
 from tests.builders import (
     ALPHA,
     PREFIX,
@@ -315,6 +317,131 @@ def test_a_base_that_cannot_be_built_is_refused(folder: Path, answers: Answers) 
     assert refused(folder, dtype="bfloat16")["config.json"].found == "none"
 
 
+def test_repeated_layers_are_refused(folder: Path, answers: Answers) -> None:
+    first, last = "model.layers.0.q_proj", "model.layers.1.q_proj"
+    write_base(folder / "base", [{f"{name}.weight": random_tensor((12, 8)) for name in (first, last)}])
+    write_adapter(folder / "adapter", lora_pair(first, 12, 8), layer_replication=[[0, 2], [1, 2]])
+    answers([[f"{name}.weight", [12, 8]] for name in (first, last)])  # the copy would be dropped, for none knows it
+    found = refused(folder)
+    assert set(found) == {"layer_replication"}
+    assert found["layer_replication"].expected == "an adapter for the base's own layers"
+
+
+EMBEDDING = "model.embed_tokens.weight"
+TIED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(("ensured", "stored"), [(False, 1), (True, 1), (False, 2), (False, 3)])
+def test_both_sides_of_a_tie_may_not_be_replaced(folder: Path, answers: Answers, ensured: bool, stored: int) -> None:
+    table, new = random_tensor((20, 8)), random_tensor((20, 8), seed=4)
+    head = {HEAD: table.clone() if stored == 2 else table * 2} if stored > 1 else {}
+    write_base(folder / "base", [{EMBEDDING: table, Q: random_tensor((12, 8)), **head}], TIED)
+    both = {f"{PREFIX}{EMBEDDING}": new, f"{PREFIX}{HEAD}": new.clone()}
+    saved: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": ensured}
+    write_adapter(folder / "adapter", both | lora_pair(Q[:-7], 12, 8), **saved)
+    answers([[EMBEDDING, [20, 8]], [Q, [12, 8]], *([[HEAD, [20, 8]]] if stored == 3 else [])])
+    if ensured or stored == 3:  # such bases have two embeddings in everyone's eyes
+        assert plan(folder).shards
+        return
+    found = refused(folder)
+    assert set(found) == {"modules_to_save"}
+    assert found["modules_to_save"].found == (
+        f"both sides replaced, '{EMBEDDING}' and '{HEAD}': PEFT unties them and two are saved"
+    )
+
+
+def test_a_tie_that_is_undone_is_refused(folder: Path, answers: Answers) -> None:
+    write_base(folder / "base", [{EMBEDDING: random_tensor((20, 8)), Q: random_tensor((12, 8))}], TIED)
+    one = {f"{PREFIX}{EMBEDDING}": random_tensor((20, 8), seed=4)}
+    write_adapter(folder / "adapter", one | lora_pair(Q[:-7], 12, 8), modules_to_save=["embed_tokens"])
+    answers([[EMBEDDING, [20, 8]], [Q, [12, 8]]])
+    found = refused(folder)["tie_word_embeddings"]
+    assert found.found == "an adapter after which the two sides differ"
+    assert "unties what it replaces" in found.hint
+
+
+SINGLE, SHARED = "model.layers.0.mlp.experts.1.gate_proj", "model.layers.0.mlp.shared_expert.gate_proj"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "told"), [("qwen2_moe", SINGLE), ("jamba", SINGLE), ("qwen3_next", SHARED), ("llama", "")]
+)
+def test_pairs_that_peft_does_not_load_are_merged_and_told(
+    folder: Path, answers: Answers, model_type: str, told: str
+) -> None:
+    single = SINGLE if model_type != "jamba" else SINGLE.replace(".mlp.", ".feed_forward.")
+    names = (SHARED, single) if model_type != "llama" else (SHARED, Q[:-7])
+    tensors = {f"{name}.weight": random_tensor((12, 8)) for name in names}
+    write_base(folder / "base", [tensors], {"model_type": model_type, "dtype": "bfloat16"})
+    write_adapter(folder / "adapter", {key: at for name in names for key, at in lora_pair(name, 12, 8).items()})
+    answers([[name, [12, 8]] for name in tensors])
+    notes = [note for note in plan(folder).notes if "PEFT" in note]
+    told = single if told == SINGLE else told
+    assert notes == [f"{LEFT_OUT} '{model_type}': 1 tensor, '{told}.weight'"] * bool(told)
+    assert all(raw(at) != raw(tensors[name]) for name, at in merge(folder).items())
+
+
+LEFT_OUT = (
+    "merged, where LLaMA-Factory leaves the base's values, for PEFT 0.21 with transformers 5 does not load what "
+    "adapters have for them in"
+)
+
+
+def test_of_several_adapters_what_peft_does_not_load_is_told_once(folder: Path, answers: Answers) -> None:
+    write_base(folder / "base", [{f"{SINGLE}.weight": random_tensor((12, 8))}], {**TIED, "model_type": "qwen2_moe"})
+    for name in ("adapter", "other"):
+        write_adapter(folder / name, lora_pair(SINGLE, 12, 8, seed=len(name)))
+    answers([[f"{SINGLE}.weight", [12, 8]]])
+    made = rawmerge.plan_merge(folder / "base", [folder / "adapter", folder / "other"], like="llamafactory")
+    assert [note for note in made.notes if "PEFT" in note] == [f"{LEFT_OUT} 'qwen2_moe': 1 tensor, '{SINGLE}.weight'"]
+
+
+def test_shapes_that_are_not_the_config_s_are_told_by_tensor(
+    folder: Path, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(ALL)
+    unlike = [["model.layers.0.q_proj.weight", [12, 8], [16, 8]], ["model.layers.1.q_proj.weight", [12, 8], [16, 8]]]
+    document = {**json.loads(layout_request._answer("", "")), "unlike": [*unlike, [HEAD, [20, 8], [24, 8]]]}
+    monkeypatch.setattr(layout_request, "_answer", lambda *_: json.dumps(document))
+    found = refused(folder)
+    assert set(found) == {"model.layers.*.q_proj.weight", HEAD}
+    assert found["model.layers.*.q_proj.weight"].found == "[12, 8], in 2 tensors"
+    assert found[HEAD].found == "[20, 8]"
+    assert found[HEAD].expected == f"[24, 8], which config.json gives {MAKER}"
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_decoder_layers", "t2u_encoder_layers", "n_layer", "depth"])
+def test_more_layers_than_tensors_are_not_built(name: str) -> None:
+    meta_model._check_layers({"text_config": {name: 4, "max_window_layers": 28, "id2label": {0: "a"}}}, 4)
+    with pytest.raises(ValueError, match=f"config.json states {name} 5, and the checkpoint has 4 tensors"):
+        meta_model._check_layers({"text_config": {name: 5}}, 4)
+
+
+def test_deep_stages_are_added_up() -> None:
+    meta_model._check_layers({"depths": [2, 2], "mlp_only_layers": [0, 5]}, 4)
+    with pytest.raises(ValueError, match=r"config.json states depths \[2, 3\]"):
+        meta_model._check_layers({"depths": [2, 3]}, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold to the limit")
+@pytest.mark.parametrize(("taken", "told"), [("bytearray(1 << 20)", ""), ("bytearray(3 << 30)", "more than 1 GiB")])
+def test_a_model_that_takes_too_much_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str, told: str
+) -> None:
+    program = tmp_path / "program.py"
+    lines = ["import sys", f"sys.path.insert(0, {str(Path(rawmerge.__file__).parents[1])!r})"]
+    lines += ["from rawmerge.saved_model import meta_model", f"meta_model._answer = lambda _: len({taken})"]
+    program.write_text("\n".join([*lines, "meta_model.main()"]))
+    monkeypatch.setattr(layout_request, "meta_model", SimpleNamespace(__file__=str(program)))
+    monkeypatch.setattr(layout_request, "_MEMORY_GIB", 1)
+    request = json.dumps({"most_memory": 2**30, "taken": taken})
+    if not told:
+        assert layout_request._answer(request, "") == str(1 << 20)
+        return
+    with pytest.raises(PlanError, match="one that takes more than 1 GiB to build the model's shapes"):
+        layout_request._answer(request, "")
+
+
 # --- the plan, its record, the command ---
 
 
@@ -342,6 +469,20 @@ def test_the_record_tells_it_and_verify_goes_by_it(folder: Path, answers: Answer
     answers(ALL[:2] + ALL[3:] + [[MTP, [8, 8]]])  # another version of transformers may load other tensors
     with pytest.raises(PlanError, match="does not save"):
         rawmerge.verify_merge(folder / "out", folder / "base", folder / "adapter")
+
+
+def test_verify_is_told_what_an_output_without_a_record_is_like(folder: Path, answers: Answers) -> None:
+    answers(ALL)
+    merge(folder)
+    (folder / "out/rawmerge.json").unlink()
+    (folder / "out/README.md").unlink()
+    inputs = (folder / "base", folder / "adapter")
+    assert not rawmerge.verify_merge(folder / "out", *inputs).is_equal
+    assert rawmerge.verify_merge(folder / "out", *inputs, like="llamafactory").is_equal
+    assert rawmerge.verify_merge(folder / "out", *inputs, options=rawmerge.choose_options(like="llamafactory")).is_equal
+    command = ["verify", str(folder / "out"), "--base", str(inputs[0]), "--adapter", str(inputs[1])]
+    assert CliRunner().invoke(cli, command).exit_code == 5
+    assert CliRunner().invoke(cli, [*command, "--like", "llamafactory"]).exit_code == 0
 
 
 def test_a_plain_merge_over_it_takes_nothing_over(folder: Path, answers: Answers) -> None:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,9 +32,14 @@ _EXCEPTION: Final = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
 _INSTALL: Final = "pip install accelerate 'transformers>=5', which rawmerge's extra llamafactory names"
 #: A large model takes seconds; a config that asks for a billion layers must not take for ever.
 _TIMEOUT_S: Final = 900
+#: DeepSeek-V3's 45,395 tensors take 0.6; huge layers of a small config, or many that no field names, far more.
+_MEMORY_GIB: Final = 4
+_OUT_OF_MEMORY: Final = re.compile(r"\bMemoryError\b|bad_alloc|[Cc]an(not|'t) allocate memory")
 _CODES: Final = {dtype.torch_name: code for code, dtype in DTYPES.items() if dtype.torch_name} | {"bool": "BOOL"}
 _TORCH_NAMES: Final = {code: name for name, code in _CODES.items()}
-_SURROUNDINGS: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+#: Each thread of a library has a stack, which counts as memory taken.
+_ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_SURROUNDINGS: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **_ONE_THREAD}
 
 
 def saved_layout(base: BaseCheckpoint, dtype: str, max_shard_size: int) -> SavedLayout:
@@ -46,13 +51,17 @@ def saved_layout(base: BaseCheckpoint, dtype: str, max_shard_size: int) -> Saved
         max_shard_size: most bytes of a shard.
 
     Raises:
-        PlanError: transformers is not installed, does not know the model, or would not save it.
+        PlanError: transformers is not installed, does not know the model, finds other shapes in the checkpoint than
+            the config says, or would not save it.
         MissingFileError: there is no config.
     """
     _check_base(base)
     shown = [(name, _TORCH_NAMES[at.dtype], at.shape) for name, at in base.tensors.items()]
     request = {"folder": str(base.root), "tensors": shown, "dtype": dtype, "max_shard_size": max_shard_size}
+    request["most_memory"] = _MEMORY_GIB * 2**30
     answer = json.loads(_answer(json.dumps(request), base.config.text))
+    if unlike := list(_unlike_problems(answer)):
+        raise PlanError(*unlike)
     return _layout(answer, answer["tied" if _are_tied(base, answer["pairs"]) else "untied"])
 
 
@@ -77,6 +86,18 @@ def _check_base(base: BaseCheckpoint) -> None:
         problems.append(Problem(CONFIG_NAME, "the dtype in which the model is loaded", "none", "state it, as dtype"))
     if problems:
         raise PlanError(*problems)
+
+
+def _unlike_problems(answer: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield which shapes are not the model's, those of all layers at once."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, stored, own in answer.get("unlike", ()):
+        groups.setdefault((re.sub(r"\d+", "*", name), str(stored), str(own)), []).append(name)
+    for (folded, stored, own), names in groups.items():
+        expected = f"{own}, which {CONFIG_NAME} gives {answer['class']} of transformers {answer['version']}"
+        found = stored if len(names) == 1 else f"{stored}, in {len(names)} tensors"
+        hint = f"is {CONFIG_NAME} that of these weights?"
+        yield Problem(names[0] if len(names) == 1 else folded, expected, found, hint)
 
 
 def _are_tied(base: BaseCheckpoint, pairs: list[list[str]]) -> bool:
@@ -119,8 +140,15 @@ def _answer(request: str, config_text: str) -> str:  # noqa: ARG001  # the confi
         except subprocess.TimeoutExpired as error:
             raise _refusal(f"no answer in {_TIMEOUT_S} s") from error
         if done.returncode or not answer.exists():
-            raise _refusal(_error_line(done.stderr.decode(errors="replace")) or f"exit code {done.returncode}")
+            raise _refusal(_reason(done.stderr.decode(errors="replace"), done.returncode))
         return answer.read_text()
+
+
+def _reason(log: str, code: int) -> str:
+    """Return why the program gave no answer, from what it wrote and its exit code."""
+    if _OUT_OF_MEMORY.search(log):
+        return f"one that takes more than {_MEMORY_GIB} GiB to build the model's shapes"
+    return _error_line(log) or f"exit code {code}"
 
 
 def _error_line(text: str) -> str:

@@ -23,27 +23,28 @@ from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.model_config import TIE_KEY, ModelConfig, parse_model_config
 from rawmerge.formats.shard_header import format_shard_header
 from rawmerge.formats.weight_map import INDEX_NAME
+from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, UpdateTensor, WrittenFile
+from rawmerge.saved_model.peft_differences import LEAVE_OUT, not_loaded_by_peft
 from rawmerge.saved_model.saved_layout import SavedLayout, SavedTensor
 
 _METADATA: Final = {"format": "pt"}
 _ORDER: Final = {code: place for place, code in enumerate(DTYPES)}
-_LEAVE_OUT: Final = "leave --like llamafactory (--as-llamafactory) out"
 _MOST_NAMES: Final = 20
 
 
-def like_saved(plan: MergePlan, layout: SavedLayout, config: ModelConfig) -> MergePlan:
+def like_saved(plan: MergePlan, layout: SavedLayout, base: BaseCheckpoint) -> MergePlan:
     """Return the plan with the tensors of a layout, each as it would be saved.
 
     Args:
         plan: any plan of one or several adapters, with each tensor in its own dtype or all in the output's.
         layout: what would be saved of the base.
-        config: the base's.
+        base: what both were made for.
 
     Raises:
         PlanError: the merge could not be had with this layout; with every reason.
     """
-    steps = {step.entry.name: step for step in plan.steps()}
+    steps, config = {step.entry.name: step for step in plan.steps()}, base.config
     saved = {tensor.name: tensor for tensor in layout.tensors()}
     problems = [
         *_dtype_problems(layout, config),
@@ -56,7 +57,7 @@ def like_saved(plan: MergePlan, layout: SavedLayout, config: ModelConfig) -> Mer
     shards = tuple(_shard(name, tensors, steps) for name, tensors in layout.shards)
     written = tuple(file for file in plan.written_files if file.name != INDEX_NAME)
     index = [WrittenFile(INDEX_NAME, layout.index_text)] if layout.index_text else []
-    notes = (*plan.notes, *_notes(steps, layout, config, plan.options.max_shard_size))
+    notes = (*plan.notes, *_peft_notes(plan, base), *_notes(steps, layout, config, plan.options.max_shard_size))
     return replace(plan, shards=shards, written_files=(*written, *index), notes=notes)
 
 
@@ -71,15 +72,16 @@ def _tie_problems(plan: MergePlan, config: ModelConfig) -> Iterator[Problem]:
     texts = (file.text for file in plan.written_files if file.name == CONFIG_NAME)
     for written in (parse_model_config(text.encode(), CONFIG_NAME) for text in texts):
         if config.ties_embeddings and not written.ties_embeddings:
-            found = "an adapter that changes one side of the tie"
-            yield Problem(TIE_KEY, "embeddings that stay tied", found, f"PEFT changes both sides; {_LEAVE_OUT}")
+            found = "an adapter after which the two sides differ"
+            hint = f"PEFT changes both sides by a delta on one, and unties what it replaces; {LEAVE_OUT}"
+            yield Problem(TIE_KEY, "embeddings that stay tied", found, hint)
 
 
 def _lost(step: Step, layout: SavedLayout) -> Iterator[Problem]:
     """Yield that an adapter's part would be lost with a tensor that is not saved."""
     if _is_changed(step):
         found = f"one that {layout.class_name} of transformers {layout.version} does not save"
-        yield Problem(step.entry.name, "a tensor for what the adapter changes", found, _LEAVE_OUT)
+        yield Problem(step.entry.name, "a tensor for what the adapter changes", found, LEAVE_OUT)
 
 
 def _unfit(tensor: SavedTensor, step: Step | None, layout: SavedLayout) -> Iterator[Problem]:
@@ -87,21 +89,19 @@ def _unfit(tensor: SavedTensor, step: Step | None, layout: SavedLayout) -> Itera
     maker = f"{layout.class_name} of transformers {layout.version}"
     if step is None:
         found = f"none of this name, which {maker} saves: it would be drawn by chance, or has another name"
-        yield Problem(tensor.name, "a tensor of base or adapter", found, _LEAVE_OUT)
+        yield Problem(tensor.name, "a tensor of base or adapter", found, LEAVE_OUT)
         return
     if step.entry.shape != tensor.shape:
-        yield Problem(
-            tensor.name, f"{list(tensor.shape)}, which {maker} saves", f"{list(step.entry.shape)}", _LEAVE_OUT
-        )
+        yield Problem(tensor.name, f"{list(tensor.shape)}, which {maker} saves", f"{list(step.entry.shape)}", LEAVE_OUT)
     floats = [DTYPES[code].is_mergeable for code in (step.source.dtype, tensor.held_dtype, tensor.dtype)]
     alike = len({step.source.dtype, tensor.held_dtype, tensor.dtype}) == 1
     if not alike and (not all(floats) or step.source.dtype == "F64"):
         # torch rounds float64 to half precision by way of float32
         found = f"{step.source.dtype}, loaded as {tensor.held_dtype} and saved as {tensor.dtype}"
-        yield Problem(tensor.name, "a float dtype of at most 32 bits", found, _LEAVE_OUT)
+        yield Problem(tensor.name, "a float dtype of at most 32 bits", found, LEAVE_OUT)
     if isinstance(step, UpdateTensor) and step.overlay:
         yield Problem(
-            tensor.name, "a whole vocabulary", "one laid over the base's, which PEFT does not load", _LEAVE_OUT
+            tensor.name, "a whole vocabulary", "one laid over the base's, which PEFT does not load", LEAVE_OUT
         )
 
 
@@ -128,6 +128,14 @@ def _held(step: Step, tensor: SavedTensor) -> Step:
     if stored == tensor.dtype and not is_rounded:
         return KeepTensor(entry, step.source)
     return UpdateTensor(entry, step.source, stored, (), held_dtype=held if is_rounded else "")
+
+
+def _peft_notes(plan: MergePlan, base: BaseCheckpoint) -> Iterator[str]:
+    """Yield what is merged here, and not by PEFT."""
+    model_type = base.config.model_type
+    if names := not_loaded_by_peft(plan, base):
+        reason = f"PEFT 0.21 with transformers 5 does not load what adapters have for them in {quote(model_type)}"
+        yield f"merged, where LLaMA-Factory leaves the base's values, for {reason}: {_listed(names)}"
 
 
 def _notes(steps: Mapping[str, Step], layout: SavedLayout, config: ModelConfig, max_bytes: int) -> Iterator[str]:

@@ -14,22 +14,38 @@ Run as `python meta_model.py REQUEST ANSWER`, two files of JSON; see `_answer`.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-#: How many layers a config states; more of them than tensors would only be built in vain.
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth")
+#: How many layers a config states, in all of transformers' words; more than tensors would only be built in vain.
+_LAYERS = re.compile(r"(\w+_)?layers|n_layer|(\w+_)?depths?")
+#: From which layer on attention slides: 28 or 80 where nobody says, however few layers there are.
+_NO_COUNTS = ("max_window_layers",)
 #: Models of which LLaMA-Factory keeps a part only.
 _THINKERS = ("qwen2_5_omni", "qwen3_omni_moe")
 
 
 def main() -> None:
     """Answer the request in the first file with the second."""
-    request, answer = map(Path, sys.argv[1:3])
-    answer.write_text(json.dumps(_answer(json.loads(request.read_text()))))
+    asked, answer = map(Path, sys.argv[1:3])
+    request = json.loads(asked.read_text())
+    _limit_memory(request["most_memory"])
+    answer.write_text(json.dumps(_answer(request)))
+
+
+def _limit_memory(most: int) -> None:
+    """Let this process fail when it takes more than so many bytes, where the system can be told so."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,28 +53,32 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         request: `folder` with the config, the checkpoint's `tensors` as [name, torch dtype, shape], the `dtype` that
-            all are cast to at last, empty for the config's, and `max_shard_size` in bytes.
+            all are cast to at last, empty for the config's, and `max_shard_size` in bytes; `main` looks at
+            `most_memory`, in bytes, too.
 
     Returns:
         `class`, `version` of transformers, `loaded` dtype, and `untied`: the `shards`, with [name, torch dtype, shape,
         torch dtype before the cast] of each tensor, and the `index`. `pairs` are names that the config ties and the
         checkpoint has both of: `untied` keeps them apart, as transformers does where their values differ, and `tied` is
-        the same without the first of each.
+        the same without the first of each. Where shapes do not fit there is only `unlike` beside class, version and
+        dtype: [name in the model, the checkpoint's shape, the model's].
     """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(request["folder"], local_files_only=True, trust_remote_code=False)
     tensors = request["tensors"]
     _check_layers(config.to_dict(), len(tensors))
-    model = _loaded(config, tensors)
+    model, unlike = _loaded(config, tensors)
     loaded = str(model.config.dtype)
+    given = {"class": type(model).__name__, "version": transformers.__version__, "loaded": _plain(loaded)}
+    if unlike:
+        return {**given, "unlike": unlike}
     saved = _saved(model, request)
     pairs = list(_tied_apart(model, saved["places"]))
-    given = {"class": type(model).__name__, "version": transformers.__version__, "loaded": _plain(loaded)}
     answer = {**given, "pairs": pairs, "untied": _finished(model, saved, request)}
     if pairs:
         left_out = {target for target, _ in pairs}
-        model = _loaded(config, [at for at in tensors if at[0] not in left_out])
+        model, _ = _loaded(config, [at for at in tensors if at[0] not in left_out])
         answer["tied"] = _finished(model, _saved(model, request), request)
     return answer
 
@@ -68,7 +88,11 @@ def _check_layers(fields: Mapping[str, Any], most: int) -> None:
     for name, value in fields.items():
         if isinstance(value, dict):
             _check_layers(value, most)
-        if name in _LAYERS and type(value) is int and value > most:
+        if not _LAYERS.fullmatch(str(name)) or name in _NO_COUNTS:  # labels are named by numbers
+            continue
+        is_list = isinstance(value, list) and "depth" in name  # one of layers has their numbers, not how many
+        count = sum(at for at in value if type(at) is int) if is_list else value
+        if type(count) is int and count > most:
             raise ValueError(f"config.json states {name} {value}, and the checkpoint has {most} tensors")
 
 
@@ -84,16 +108,24 @@ def _finished(model: Any, held: Mapping[str, Any], request: Mapping[str, Any]) -
     return {"shards": shards, "index": saved["index"]}
 
 
-def _loaded(config: Any, tensors: Iterable[Any]) -> Any:
-    """Return the model as `from_pretrained` makes it of tensors without values."""
+def _loaded(config: Any, tensors: Iterable[Any]) -> tuple[Any, list[Any]]:
+    """Return the model as `from_pretrained` makes it of tensors without values, and whose shapes do not fit."""
     import torch
 
     empty = {name: torch.empty(shape, dtype=getattr(torch, code), device="meta") for name, code, shape in tensors}
     device_map, attention = {"": "meta"}, "eager"  # one that needs no other package
-    model = _model_class(config).from_pretrained(
-        None, config=config, state_dict=empty, dtype="auto", device_map=device_map, attn_implementation=attention
+    model, found = _model_class(config).from_pretrained(
+        None,
+        config=config,
+        state_dict=empty,
+        dtype="auto",
+        device_map=device_map,
+        attn_implementation=attention,
+        ignore_mismatched_sizes=True,  # else it fails, and only its log tells which
+        output_loading_info=True,
     )
-    return model.thinker if model.config.model_type in _THINKERS else model
+    unlike = sorted([name, list(stored), list(own)] for name, stored, own in found["mismatched_keys"])
+    return (model.thinker if model.config.model_type in _THINKERS else model), unlike
 
 
 def _model_class(config: Any) -> Any:

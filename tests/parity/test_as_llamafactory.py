@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rawmerge
+from rawmerge.inputs.base_checkpoint import read_base
 from rawmerge.saved_model import layout_request, meta_model
+from rawmerge.saved_model.peft_differences import FUSED_TARGETS, not_loaded_by_peft
 from tests.parity import expert_models as experts
 from tests.parity import family_models as families
 from tests.parity import peft_oracle as oracle
@@ -278,8 +280,94 @@ def test_what_llamafactory_would_lose_or_mix_up_is_refused(tmp_path: Path) -> No
     load = oracle.pretrained(base, tiny.CAUSAL)
     one_side = oracle.save_adapter(load, tmp_path / "one", r=4, target_modules=["embed_tokens", "q_proj"])
     found = refused(base, one_side)
-    assert found["tie_word_embeddings"].found == "an adapter that changes one side of the tie"
+    assert found["tie_word_embeddings"].found == "an adapter after which the two sides differ"
     assert "PEFT changes both sides" in found["tie_word_embeddings"].hint
+
+
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning:peft")
+@pytest.mark.parametrize("ensured", [False, True])
+def test_both_sides_of_a_tie_replaced_are_saved_as_two(tmp_path: Path, ensured: bool) -> None:
+    base = oracle.save_base(tmp_path / "base", tiny.CAUSAL, tied_qwen2(), torch.bfloat16)
+    saved: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": ensured}
+    adapter = oracle.save_adapter(oracle.pretrained(base, tiny.CAUSAL), tmp_path / "adapter", **ATTENTION, **saved)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.model.embed_tokens.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    if ensured:
+        check(base, [adapter], tmp_path)
+        return
+    theirs = llamafactory(base, [adapter], tmp_path / "theirs", infer_dtype="auto", size="900KB")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(oracle.read_tensors(theirs))
+    assert set(refused(base, adapter)) == {"modules_to_save"}
+
+
+def test_repeated_layers_are_refused_as_they_are_by_transformers(tmp_path: Path, llama: Path) -> None:
+    adapter = oracle.save_adapter(
+        oracle.pretrained(llama, tiny.CAUSAL), tmp_path / "adapter", **ATTENTION, layer_replication=[[0, 2], [1, 2]]
+    )
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        llamafactory(llama, [adapter], tmp_path / "theirs", infer_dtype="auto", size="900KB")
+    assert set(refused(llama, adapter)) == {"layer_replication"}
+
+
+def old_adapter(base: Path, folder: Path) -> Path:
+    """Write what transformers 4 with PEFT would have made of all MLPs and experts of a base, and of its attention."""
+    tensors, names = {}, ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in oracle.read_tensors(base).items():
+        if name.removesuffix(".weight").endswith(names):
+            for factor, shape in (("A", (4, weight.shape[1])), ("B", (weight.shape[0], 4))):
+                key = f"base_model.model.{name.removesuffix('.weight')}.lora_{factor}.weight"
+                tensors[key] = torch.randn(shape, generator=generator) * 0.1
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = sorted({key.rsplit(".", 3)[-3] for key in tensors})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 7, "target_modules": targets, "peft_version": "0.17.1"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+SOME_LEFT_OUT = {"qwen2_moe": 30, "qwen3_next": 6, "deepseek_v3": 6, "jamba": 30, "lfm2_moe": 15, "phimoe": 30}
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning:peft")
+@pytest.mark.parametrize("name", [*SOME_LEFT_OUT, "mixtral", "olmoe"])
+def test_what_peft_does_not_load_of_an_old_adapter_is_told(tmp_path: Path, name: str) -> None:
+    base = oracle.save_base(tmp_path / "base", tiny.CAUSAL, experts.FAMILIES[name].build(), torch.bfloat16)
+    adapter = old_adapter(base, tmp_path / "adapter")
+    theirs = llamafactory(base, [adapter], tmp_path / "theirs", infer_dtype="auto", size="900KB")
+    rawmerge.merge_adapter(base, adapter, tmp_path / "ours", like="llamafactory", max_shard_size="900KB")
+    before, ours, expected = (oracle.read_tensors(folder) for folder in (base, tmp_path / "ours", theirs))
+    different = {at for at in expected if ours[at] != expected[at]}
+    assert different == {at for at in expected if ours[at] != before[at] == expected[at]}
+    plan = rawmerge.plan_merge(base, adapter, like="llamafactory")
+    assert set(not_loaded_by_peft(plan, read_base(base))) == different
+    assert len(different) == SOME_LEFT_OUT.get(name, 0)
+    notes = [note for note in plan.notes if "PEFT 0.21 with transformers 5 does not load" in note]
+    assert [f"in '{name}': {len(different)} tensors, " in note for note in notes] == [True] * bool(different)
+
+
+def test_families_whose_experts_peft_makes_fit_are_those_that_peft_has() -> None:
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    fitted = {
+        name: frozenset(conversion._MOE_TARGET_MODULE_MAPPING[pattern]) - {"gate"}  # a router finds its parameter
+        for name, pattern in conversion._MODEL_TO_CONVERSION_PATTERN.items()
+        if pattern in conversion._MOE_TARGET_MODULE_MAPPING
+    }
+    assert fitted == FUSED_TARGETS
+
+
+def test_shapes_that_the_config_does_not_give_are_named(tmp_path: Path, llama: Path) -> None:
+    adapter = oracle.save_adapter(oracle.pretrained(llama, tiny.CAUSAL), tmp_path / "adapter", **ATTENTION)
+    config = json.loads((llama / "config.json").read_text())
+    size, width = config["intermediate_size"], config["hidden_size"]
+    (llama / "config.json").write_text(json.dumps({**config, "intermediate_size": size + 8}))
+    found = refused(llama, adapter)
+    names = {kind: f"model.layers.*.mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")}
+    assert set(found) == set(names.values())
+    assert found[names["down"]].found == f"[{width}, {size}], in 2 tensors"
+    assert found[names["down"]].expected.startswith(f"[{width}, {size + 8}], which config.json gives LlamaForCausalLM")
 
 
 @pytest.mark.usefixtures("own_process")
