@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, pairwise
 from math import prod
 from typing import Final, TypeAlias
 
 from rawmerge.engine.tiles import Matrix, Stretch, elementwise_shape, matrix_shape
-from rawmerge.formats.archive_layout import archive_layout
+from rawmerge.errors import Problem
+from rawmerge.formats.archive_layout import ArchiveLayout, archive_layout
 from rawmerge.formats.shard_header import LENGTH_PREFIX, TensorEntry
 from rawmerge.formats.shard_names import is_pickle
+from rawmerge.formats.table_pickle import dtype_problems, length_problems
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_options import MergeOptions
 from rawmerge.methods.interface import ROWS
@@ -143,7 +146,7 @@ def _pieces(rows: int, columns: int, windows: Sequence[tuple[int, Window]], cuts
 Step: TypeAlias = KeepTensor | UpdateTensor | ReplaceTensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what follows from a large table is kept, once it was asked for
 class ShardPlan:
     """One output shard, by its name a safetensors file or one of `torch.save`: its header as the former, its steps."""
 
@@ -151,16 +154,28 @@ class ShardPlan:
     header_text: str
     steps: tuple[Step, ...]
 
-    @property
+    @cached_property
     def data_start(self) -> int:
         """Offset of the first tensor byte in a safetensors file."""
         return LENGTH_PREFIX.size + len(self.header_text.encode())
+
+    @cached_property
+    def layout(self) -> ArchiveLayout:
+        """Where everything lies in a file of `torch.save`, the steps' tensors in their order."""
+        return archive_layout([step.entry for step in self.steps])
 
     @property
     def byte_count(self) -> int:
         """Size of the whole file in bytes."""
         own = self.data_start + (self.steps[-1].entry.end if self.steps else 0)
-        return archive_layout([step.entry for step in self.steps]).byte_count if is_pickle(self.name) else own
+        return self.layout.byte_count if is_pickle(self.name) else own
+
+    def format_problems(self) -> list[Problem]:
+        """Return why a file of `torch.save` could not hold these tensors; nothing for a safetensors file."""
+        if not is_pickle(self.name):
+            return []
+        unknown = list(dtype_problems(step.entry for step in self.steps))
+        return unknown or list(length_problems(self.name, self.layout.table, len(self.steps)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from rawmerge.errors import PlanError
 from rawmerge.formats.shard_names import PICKLE_NAME, pickle_name
-from rawmerge.formats.table_pickle import table_problems
 from rawmerge.formats.weight_map import INDEX_NAME, PICKLE_INDEX_NAME, WeightMap, format_weight_map, parse_weight_map
 from rawmerge.merge_plan import MergePlan, WrittenFile
+from rawmerge.output.side_files import apart_from
 
 
 def as_pickles(plan: MergePlan) -> MergePlan:
@@ -29,13 +29,13 @@ def as_pickles(plan: MergePlan) -> MergePlan:
     has_index = any(file.name == INDEX_NAME for file in plan.written_files)
     only = {} if has_index or len(plan.shards) > 1 else {plan.shards[0].name: PICKLE_NAME}
     shards = tuple(replace(shard, name=only.get(shard.name) or pickle_name(shard.name)) for shard in plan.shards)
-    entries = ((shard.name, [step.entry for step in shard.steps]) for shard in shards)
-    if problems := [problem for named in entries for problem in table_problems(*named)]:
+    if problems := [problem for shard in shards for problem in shard.format_problems()]:
         raise PlanError(*problems)
     written = tuple(_renamed(file) if file.name == INDEX_NAME else file for file in plan.written_files)
     own = {*(shard.name for shard in shards), PICKLE_INDEX_NAME}  # a set of the base's by these names has no more say
     left_out = tuple(file for file in plan.left_out if file.name not in own)
-    return replace(plan, shards=shards, written_files=written, left_out=left_out)
+    side_files, gone = apart_from(plan.side_files, own)
+    return replace(plan, shards=shards, written_files=written, side_files=side_files, left_out=(*left_out, *gone))
 
 
 def _renamed(index: WrittenFile) -> WrittenFile:

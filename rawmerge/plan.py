@@ -40,7 +40,7 @@ from rawmerge.output.card_sources import with_card
 from rawmerge.output.output_config import OutputConfig
 from rawmerge.output.side_files import SideFile, differing_tokenizer_files, list_side_files
 from rawmerge.pickled_plan import as_pickles
-from rawmerge.planner import Planner, check_unique, input_file, sha256_of
+from rawmerge.planner import Planner, check_shard_names, check_unique, input_file, sha256_of
 from rawmerge.resharding import reshard
 from rawmerge.saved_model.peft_differences import check_adapter
 from rawmerge.weighted_plan import plan_with_weight, weighted_plan
@@ -82,6 +82,7 @@ def make_plan(
         raise PlanError(*found)
     plan = _resharded(plan, base, options)
     plan = as_pickles(plan) if options.format == BIN else plan
+    check_shard_names(plan)
     return with_card(plan, base, [adapter for _, adapter in adapters]) if options.card and base.is_directory else plan
 
 

@@ -13,9 +13,7 @@ from typing import Any, Final, Union, get_args, get_origin, get_type_hints
 from rawmerge.dtypes import DTYPES
 from rawmerge.errors import PlanError, Problem, ShardFormatError, quote
 from rawmerge.formats.shard_header import MAX_RANK, parse_shard_header
-from rawmerge.formats.shard_names import is_pickle
 from rawmerge.formats.strict_json import parse_json_object
-from rawmerge.formats.table_pickle import table_problems
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_plan import KeepTensor, MergePlan, ReplaceTensor, ShardPlan, Step, UpdateTensor
 
@@ -75,7 +73,7 @@ def _check_shard(shard: ShardPlan) -> None:
     if entries != sorted(header.entries, key=lambda entry: entry.name):
         raise PlanError(Problem(shard.name, "a step for each tensor of its header", "other steps", _AGAIN))
     of_steps = (problem for step in shard.steps for problem in _step_problems(step))
-    if problems := [*of_steps, *(table_problems(shard.name, entries) if is_pickle(shard.name) else ())]:
+    if problems := [*of_steps, *shard.format_problems()]:
         raise PlanError(*problems)
 
 

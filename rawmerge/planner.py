@@ -11,7 +11,7 @@ from rawmerge.dtypes import DTYPES, OUTPUT_DTYPES
 from rawmerge.errors import PlanError, Problem
 from rawmerge.formats.config_text import CONFIG_NAME
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
-from rawmerge.formats.shard_names import output_name
+from rawmerge.formats.shard_names import is_pickle, output_name
 from rawmerge.formats.weight_map import INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_SUFFIX, WeightMap, format_weight_map
 from rawmerge.inputs.adapter import Adapter
 from rawmerge.inputs.base_checkpoint import SINGLE_NAME, BaseCheckpoint, ShardContents
@@ -208,6 +208,24 @@ def check_unique(shards: Iterable[ShardPlan]) -> None:
     twice = [Problem(name, "each output tensor once", "it twice") for name, count in counts.items() if count > 1]
     if twice:
         raise PlanError(*twice)
+
+
+def check_shard_names(plan: MergePlan) -> None:
+    """Refuse two shards of one name, which the output's format may give to files of the base with different ones."""
+    counts = Counter(shard.name for shard in plan.shards)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        hint = "--max-shard-size cuts the output into shards with names of their own"
+        if is_pickle(twice[0]) and not any(is_pickle(file.name) for file in plan.base_files):
+            hint += "; --format safetensors keeps those of the base"
+        raise PlanError(*(Problem(name, "each shard a name of its own", _sharers(plan, name), hint) for name in twice))
+
+
+def _sharers(plan: MergePlan, name: str) -> str:
+    """Return which files of the base become shards of this name."""
+    files = {file.path: file.name for file in plan.base_files}
+    sources = {step.source.path for shard in plan.shards if shard.name == name for step in shard.steps}
+    return f"it for {' and '.join(sorted(files[path] for path in sources & files.keys()))}"
 
 
 def _unlisted(base: BaseCheckpoint) -> Iterator[tuple[str, TensorSource]]:

@@ -34,7 +34,7 @@ from rawmerge.output.shard_origins import ShardOrigins, find_origins
 from rawmerge.output.staging_directory import PUBLISHED_NOTE, reclaimed_bytes
 from rawmerge.output.survivals import lost_notes
 from rawmerge.plain_run import write_output
-from rawmerge.run_options import RunChoices, RunOptions
+from rawmerge.run_options import RunChoices, RunOptions, choose_run
 from rawmerge.run_request import RunRequest
 
 if TYPE_CHECKING:
@@ -51,8 +51,10 @@ class MergeSummary:
         output: the published directory.
         counts: tensors by what became of them: `kept`, `updated`, `cast`, `replaced`, `added`.
         unchanged: updated tensors of which no element changed: the delta is smaller than the rounding.
-        survivals: what rounding left of the delta of each updated tensor, by its name.
-        casts: what was taken from each tensor without updates in a cast to a dtype that lacks some of its values.
+        survivals: what rounding left of the delta of each updated tensor, by its name; `--json` tells the
+            totals in its place, as `surviving`.
+        casts: what was taken from each tensor without updates in a cast to a dtype that lacks some of its values, by
+            the tensor's name; `--json` and the record tell the totals under this name, and the worst tensors.
         byte_count: bytes of the output.
         written_bytes: of it, those that this run wrote: all but the shards that it linked, reused, or found finished.
         seconds: wall time of the run.
@@ -108,9 +110,9 @@ def run_plan(
         MergeError: writing failed; nothing was published and nothing is left, unless its notes say so: where the system
             failed it, as where a signal ends it, finished shards are kept, and the same call goes on from them.
         VerificationError: with `verify`, what was written is not what was computed; nothing was published.
-        ValueError: a choice is none of its values.
+        ValueError: a choice is none of its values. TypeError: there is no such choice.
     """
-    request = RunRequest(plan, Path(output), RunOptions(**choices), progress)
+    request = RunRequest(plan, Path(output), choose_run(choices), progress)
     started, meter = time.perf_counter(), start_meter()
     try:
         origins = check_request(request)
@@ -162,7 +164,7 @@ def check_run(plan: MergePlan, output: str | Path, **choices: Unpack[RunChoices]
     Raises:
         RefusedError: the merge would be refused; ValueError: a choice is none of its values.
     """
-    request = RunRequest(plan, Path(output), RunOptions(**choices))
+    request = RunRequest(plan, Path(output), choose_run(choices))
     origins = check_request(request)
     choose_budget(plan, request.options, reserved=request.reserved_bytes)
     with _device(request.options):
@@ -267,9 +269,16 @@ def _check_names(plan: MergePlan) -> None:
     sides = [file.name for file in plan.side_files]
     flat = (name for name in (*shards, *texts) if not is_safe_file_name(name))
     nested = (name for name in sides if {"", ".", ".."} & set(name.split("/")) or {"\\", "\0"} & set(name))
+    files = {*shards, *texts, RECORD_NAME}
     twice = (name for name, count in Counter([*shards, *texts, *sides, RECORD_NAME]).items() if count > 1)
-    expected = "a file of its own inside the output"
-    if problems := [Problem(name, expected, "another path, or the name twice") for name in (*flat, *nested, *twice)]:
+    expected, found = "a file of its own inside the output", "another path, or the name twice"
+    problems = [Problem(name, expected, found) for name in (*flat, *nested, *twice)]
+    below = [name for name in sides if "/" in name and name.split("/")[0] in files]
+    hint = "move that folder out of the base"
+    problems += [
+        Problem(name, expected, "one in a folder that has the name of a file of the output", hint) for name in below
+    ]
+    if problems:
         raise PlanError(*problems)
 
 

@@ -15,6 +15,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from rawmerge.cli import cli
 from rawmerge.engine.archived_shard import ArchivedShard
 from rawmerge.engine.shard_writer import OutputFile
 from rawmerge.errors import MergeError, OutputError, PlanError
+from rawmerge.formats import table_pickle as table_module
 from rawmerge.formats.archive_layout import archive_layout
 from rawmerge.formats.shard_header import TensorEntry
 from rawmerge.formats.table_pickle import table_pickle
@@ -203,13 +205,13 @@ def write_archive(path: Path, entries: list[TensorEntry], contents: Mapping[int,
     checksums = []
     with path.open("wb") as file:
         file.truncate(layout.byte_count)
-        for number, member in enumerate(layout.tensors):
+        for number, (size, begin) in enumerate(zip(layout.sizes, layout.tensor_starts, strict=True)):
             end = contents.get(number, b"")
-            zeros, checksum = member.byte_count - len(end), 0
+            zeros, checksum = size - len(end), 0
             for start in range(0, zeros, 2**24):
                 checksum = zlib.crc32(bytes(min(2**24, zeros - start)), checksum)
             checksums.append(zlib.crc32(end, checksum))
-            file.seek(member.start + zeros)
+            file.seek(begin + zeros)
             file.write(end)
         for offset, part in layout.frames(checksums):
             file.seek(offset)
@@ -477,6 +479,75 @@ def test_a_table_that_could_not_be_read_again_is_refused(
     assert rawmerge.plan_merge(*layered).shards
 
 
+def renamed_shards(base: Path, renamed: Mapping[str, str]) -> None:
+    """Give shards of an indexed base other names."""
+    index = base / "model.safetensors.index.json"
+    text = index.read_text()
+    for before, after in renamed.items():
+        (base / before).rename(base / after)
+        text = text.replace(before, after)
+    index.write_text(text)
+
+
+def test_shards_that_would_have_one_name_are_named_with_a_way_out(layered: Paths, tmp_path: Path) -> None:
+    shard = "model-0000{}-of-00003.safetensors".format
+    renamed_shards(layered[0], {shard(1): "model.safetensors", shard(2): "pytorch_model.safetensors"})
+    with pytest.raises(PlanError) as caught:
+        rawmerge.merge_adapter(*layered, tmp_path / "out", format="bin")
+    (problem,) = caught.value.problems
+    assert problem.subject == SINGLE
+    assert problem.found == "it for model.safetensors and pytorch_model.safetensors"
+    assert "--max-shard-size" in problem.hint
+    assert "--format safetensors" in problem.hint
+    for number, way in enumerate(({"max_shard_size": "300B", "format": "bin"}, {"format": "safetensors"})):
+        rawmerge.merge_adapter(*layered, tmp_path / f"out{number}", **way)  # type: ignore[arg-type]  # names vary
+        assert rawmerge.verify_merge(tmp_path / f"out{number}", *layered).findings == ()
+
+
+def test_a_folder_of_the_base_with_an_output_file_s_name_is_left_out(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path, {})
+    for folder in (SINGLE, INDEX):
+        (base / folder).mkdir()
+        for name in ("one.txt", "two.txt"):
+            (base / folder / name).write_text("x")
+    (base / "weights").mkdir()
+    (base / "weights/kept.txt").write_text("x")
+    plan = rawmerge.plan_merge(base, adapter, format="bin")
+    assert {file.name for file in plan.left_out} == {f"{SINGLE}/", f"{INDEX}/"}
+    rawmerge.run_plan(plan, tmp_path / "out")
+    assert rawmerge.verify_merge(tmp_path / "out", base, adapter).findings == ()
+    assert (tmp_path / "out/weights/kept.txt").exists()
+    assert (tmp_path / "out" / SINGLE).is_file()
+    rawmerge.merge_adapter(base, adapter, tmp_path / "same")
+    assert (tmp_path / "same" / SINGLE / "two.txt").exists()
+
+
+@pytest.mark.parametrize("top", [SINGLE, "rawmerge.json", "README.md"])
+def test_a_plan_of_a_folder_with_an_output_file_s_name_is_refused(tmp_path: Path, top: str) -> None:
+    base, adapter = small(tmp_path, {})
+    (base / "notes").mkdir()
+    (base / "notes/one.txt").write_text("x")
+    plan = rawmerge.plan_merge(base, adapter, format="bin")
+    sides = tuple(replace(side, name=side.name.replace("notes/", f"{top}/")) for side in plan.side_files)
+    with pytest.raises(PlanError) as caught:
+        rawmerge.run_plan(replace(plan, side_files=sides), tmp_path / "out")
+    (problem,) = caught.value.problems
+    assert (problem.subject, bool(problem.hint)) == (f"{top}/one.txt", True)
+    assert names(tmp_path) == ["adapter", "base"]
+
+
+def test_a_file_of_the_base_with_a_shard_s_name_is_left_out(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path, {})
+    (base / "model.safetensors").rename(base / "part.safetensors")
+    places = {"metadata": {}, "weight_map": {"q_proj.weight": "part.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(places))
+    (base / "part.bin").write_text("x")
+    plan = rawmerge.plan_merge(base, adapter, format="bin")
+    assert [file.name for file in plan.left_out] == ["part.bin"]
+    rawmerge.run_plan(plan, tmp_path / "out", verify=True)
+    assert zipfile.is_zipfile(tmp_path / "out/part.bin")
+
+
 def test_links_and_other_words_are_refused(layered: Paths, tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         rawmerge.merge_adapter(*layered, tmp_path / "out", format="bin", link=True)
@@ -665,6 +736,69 @@ def test_a_base_gives_way_to_it(layered: Paths, tmp_path: Path, golden: dict[str
     again = CliRunner().invoke(cli, command)
     assert again.exit_code == 3
     assert "this very merge, finished" in again.output
+
+
+# --- many tensors ---
+
+
+class CountedText(str):
+    """A text that counts how often it is encoded."""
+
+    __slots__ = ("encoded",)
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        self.encoded: int = getattr(self, "encoded", 0) + 1
+        return super().encode(encoding, errors)
+
+
+def test_what_follows_from_a_table_is_found_once(layered: Paths, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        made: list[int] = []
+        patch.setattr(table_module, "_item", counted(table_module._item, made))
+        rawmerge.merge_adapter(*layered, tmp_path / "out", format="bin")
+    assert len(made) == len(loaded(tmp_path / "out"))
+
+
+def counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def count(*arguments: Any) -> Any:
+        calls.append(1)
+        return function(*arguments)
+
+    return count
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_a_header_is_not_encoded_for_each_tensor(tmp_path: Path, form: str) -> None:
+    base, adapter = small(tmp_path, {f"{number}": random_tensor((3,), seed=number) for number in range(200)})
+    plan = rawmerge.plan_merge(base, adapter, format=form)
+    text = CountedText(plan.shards[0].header_text)
+    rawmerge.run_plan(replace(plan, shards=(replace(plan.shards[0], header_text=text),)), tmp_path / "out")
+    assert 0 < text.encoded < 20
+    assert rawmerge.verify_merge(tmp_path / "out", base, adapter).findings == ()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its own peak from /proc")
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+@pytest.mark.parametrize("is_pickled", [False, True])
+@pytest.mark.parametrize("count", [5_000, 30_000])
+def test_the_forecast_holds_for_tables_of_many_tensors(tmp_path: Path, form: str, is_pickled: bool, count: int) -> None:
+    tensors = {f"model.layers.{i}.mlp.experts.{i % 7}.gate_proj.weight": torch.ones(2) for i in range(count)}
+    base = write_base(tmp_path / "base", [{"q_proj.weight": random_tensor((1024, 2048)), **tensors}])
+    adapter = write_adapter(tmp_path / "adapter", lora_pair("q_proj", 1024, 2048))
+    if is_pickled:
+        torch.save({"q_proj.weight": random_tensor((1024, 2048)), **tensors}, base / SINGLE)
+        (base / "model.safetensors").unlink()
+    run = "rawmerge.merge_adapter(*sys.argv[1:4], format=sys.argv[4], threads=2)"
+    told = "print(made.predicted_peak_bytes, *(1024 * int(line.split()[1]) for line in lines if 'VmHWM' in line))"
+    command = [sys.executable, "-c", f"import sys, rawmerge; made = {run}; lines = open('/proc/self/status'); {told}"]
+    for _ in range(2):  # the first may have to ask torch how it sums
+        found = subprocess.run(
+            [*command, base, adapter, tmp_path / "out", form], capture_output=True, text=True, check=True
+        )
+        shutil.rmtree(tmp_path / "out")
+        predicted, measured = map(int, found.stdout.split())
+        assert measured <= predicted
 
 
 # --- memory ---

@@ -221,6 +221,54 @@ def test_a_tied_tensor_of_a_known_family_is_written_once(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out/config.json").read_text()) == TIED
 
 
+def as_transformers_4(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Path:
+    """Write a checkpoint that lists a tied tensor twice over one storage, and counts it once in its index."""
+    places = {name: bin_name(1 + ("embed" not in name and "head" not in name), 2) for name in tensors}
+    folder.mkdir()
+    for file in set(places.values()):
+        torch.save({name: at for name, at in tensors.items() if places[name] == file}, folder / file)
+    once = {at.data_ptr(): at.nbytes for at in tensors.values()}
+    index = {"metadata": {"total_size": sum(once.values())}, "weight_map": places}
+    (folder / BIN_INDEX).write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("given", [0, 1], ids=["safetensors", "pickled"])
+@pytest.mark.parametrize(
+    ("head", "config", "subjects"),
+    [
+        ("tied", {}, []),
+        ("other", {}, [f"{HEAD}.weight"]),
+        ("a part", {}, [f"{HEAD}.weight"]),
+        ("tied", {"tie_word_embeddings": False}, [f"{HEAD}.weight"]),
+        ("tied", {"architectures": ["OwnModel"], "model_type": "own"}, [f"{HEAD}.weight"]),
+    ],
+    ids=["tied", "of other bytes", "of another shape", "not tied by the config", "of an unknown family"],
+)
+def test_a_second_name_of_a_tied_tensor_is_no_finding(
+    tmp_path: Path, given: int, head: str, config: dict[str, Any], subjects: list[str]
+) -> None:
+    base, adapter = tied_bases(tmp_path)[given], write_adapter(tmp_path / "adapter", lora_pair(Q, 12, 8))
+    rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+    tensors = {name: at.clone() for name, at in read_all(tmp_path / "out").items()}
+    words = tensors[f"{EMBEDDING}.weight"]
+    tensors[f"{HEAD}.weight"] = {"tied": words, "other": 2 * words, "a part": words[:10].clone()}[head]
+    others = as_transformers_4(tmp_path / "others", tensors, TIED | config)
+    found = rawmerge.verify_merge(others, base, adapter)
+    assert [problem.subject for problem in found.findings] == subjects
+
+
+def test_both_names_are_compared_where_the_tie_is_undone(tmp_path: Path) -> None:
+    base, adapter = tied_bases(tmp_path)[1], tied_adapter(tmp_path, "input")
+    rawmerge.merge_adapter(base, adapter, tmp_path / "out")
+    tensors = read_all(tmp_path / "out")
+    assert raw(tensors[f"{HEAD}.weight"]) != raw(tensors[f"{EMBEDDING}.weight"])
+    tensors[f"{HEAD}.weight"] = tensors[f"{EMBEDDING}.weight"]
+    found = rawmerge.verify_merge(as_transformers_4(tmp_path / "others", tensors, TIED), base, adapter)
+    assert [item.name for item in found.differences] == [f"{HEAD}.weight"]
+
+
 def aliased(folder: Path) -> Path:
     """Write a base of a class of its own, whose input and output are one storage."""
     shared = WORDS.clone()

@@ -11,6 +11,7 @@ import errno
 import os
 import threading
 import zlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Final
 from rawmerge.engine.page_edges import place_in
 from rawmerge.engine.shard_target import ShardTarget
 from rawmerge.file_errors import named_errors
-from rawmerge.formats.archive_layout import ArchiveLayout, Member, archive_layout
 from rawmerge.formats.shard_names import is_pickle
 from rawmerge.inputs.tensor_source import OpenFiles
 from rawmerge.merge_plan import ShardPlan
@@ -41,15 +41,14 @@ class ArchivedShard:
         """
         self._target = target
         self._path = path
-        self._layout: ArchiveLayout = archive_layout([step.entry for step in plan.steps])
-        placed = zip(plan.steps, self._layout.tensors, strict=True)
-        found = [(plan.data_start + step.entry.start, member) for step, member in placed if member.byte_count]
-        found.sort(key=lambda pair: pair[0])
-        self._starts = [start for start, _ in found]
-        self._members = [member for _, member in found]
+        self._layout = plan.layout
+        placed = ((plan.data_start + step.entry.start, number) for number, step in enumerate(plan.steps))
+        found = sorted(pair for pair in placed if self._layout.sizes[pair[1]])
+        self._starts = array("Q", (start for start, _ in found))
+        self._numbers = array("Q", (number for _, number in found))  # of each, its place in the table
         self._lock = threading.Lock()
-        self._missing = [member.byte_count for member in self._members]
-        self._checksums: dict[str, int] = {}
+        self._missing = array("q", (self._layout.sizes[number] for number in self._numbers))
+        self._checksums = array("Q", bytes(8 * len(plan.steps)))
 
     def write_header(self, text: str) -> None:
         """Take a header, of which this format has no use."""
@@ -84,11 +83,10 @@ class ArchivedShard:
         Raises:
             OSError: the file cannot be read or written.
         """
-        for member, missing in zip(self._members, self._missing, strict=True):
+        for number, missing in zip(self._numbers, self._missing, strict=True):
             if missing:  # written twice, in part: what was read back then is another now
-                self._checksums[member.name] = self._checksum(member)
-        checksums = [self._checksums.get(member.name, 0) for member in self._layout.tensors]
-        for offset, raw in self._layout.frames(checksums):
+                self._checksums[number] = self._checksum(number)
+        for offset, raw in self._layout.frames(self._checksums):
             self._target.write_at(offset, memoryview(raw))
         self._target.finish(gives_up_pages=gives_up_pages)
 
@@ -100,9 +98,9 @@ class ArchivedShard:
         """Yield (how far in the range, which tensor, place in the file, bytes) of each tensor's part of a range."""
         done, index = 0, bisect_right(self._starts, offset) - 1
         while done < byte_count:
-            member, within = self._members[index], offset + done - self._starts[index]
-            count = min(byte_count - done, member.byte_count - within)
-            yield done, index, member.start + within, count
+            number, within = self._numbers[index], offset + done - self._starts[index]
+            count = min(byte_count - done, self._layout.sizes[number] - within)
+            yield done, index, self._layout.tensor_starts[number] + within, count
             done, index = done + count, index + 1
 
     def _count(self, index: int, byte_count: int) -> None:
@@ -111,12 +109,12 @@ class ArchivedShard:
             self._missing[index] -= byte_count
             is_whole = self._missing[index] == 0
         if is_whole:
-            self._checksums[self._members[index].name] = self._checksum(self._members[index])
+            self._checksums[self._numbers[index]] = self._checksum(self._numbers[index])
 
-    def _checksum(self, member: Member) -> int:
+    def _checksum(self, number: int) -> int:
         """Return the CRC-32 of a tensor as it stands in the file."""
-        checksum, place, end = 0, member.start, member.start + member.byte_count
-        chunk = memoryview(bytearray(min(_CHUNK_BYTES, member.byte_count)))
+        checksum, place, size = 0, self._layout.tensor_starts[number], self._layout.sizes[number]
+        end, chunk = place + size, memoryview(bytearray(min(_CHUNK_BYTES, size)))
         descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while place < end:

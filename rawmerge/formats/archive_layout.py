@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -83,36 +84,35 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ArchiveLayout:
-    """The places in a file.
+    """The places in a file; numbers alone, for tables may be large.
 
     Attributes:
-        members: in the order of the file.
+        table: the pickle of the table of tensors.
+        sizes: bytes of each tensor, in the order of the table.
+        tensor_starts: first byte of each, from the start of the file.
         byte_count: of the whole file.
     """
 
-    members: tuple[Member, ...]
+    table: bytes
+    sizes: array[int]
+    tensor_starts: array[int]
     byte_count: int
 
-    @property
-    def tensors(self) -> tuple[Member, ...]:
-        """The members that are tensors, in the order of the table."""
-        return tuple(member for member in self.members if member.content is None)
-
-    def frames(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def frames(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes | bytearray]]:
         """Yield (offset, bytes) of all that is no tensor.
 
         Args:
             checksums: CRC-32 of each tensor, in the order of the table.
         """
         of_tensors = iter(checksums)
-        listed = []
-        for member in self.members:
+        listed, count, start = bytearray(), 0, 0
+        for member in _members(self.table, self.sizes):
             checksum = next(of_tensors) if member.content is None else zlib.crc32(member.content)
             yield member.offset, member.header(checksum) + (member.content or b"")
-            listed.append(member.listing(checksum))
-        last = self.members[-1]
-        start = last.start + last.byte_count
-        yield start, _with_end(b"".join(listed), len(listed), start)
+            listed += member.listing(checksum)
+            count, start = count + 1, member.start + member.byte_count
+        yield start, listed
+        yield start + len(listed), _end(len(listed), count, start)
 
 
 def archive_layout(entries: Sequence[TensorEntry]) -> ArchiveLayout:
@@ -121,25 +121,33 @@ def archive_layout(entries: Sequence[TensorEntry]) -> ArchiveLayout:
     Args:
         entries: names, dtypes and shapes, as `table_pickle` takes them.
     """
-    members: list[Member] = []
+    table, sizes, starts = table_pickle(entries), array("Q", (entry.byte_count for entry in entries)), array("Q")
+    listed = count = end = 0
+    for member in _members(table, sizes):
+        if member.content is None:
+            starts.append(member.start)
+        listed, count, end = listed + len(member.listing(0)), count + 1, member.start + member.byte_count
+    return ArchiveLayout(table, sizes, starts, end + listed + len(_end(listed, count, end)))
+
+
+def _members(table: bytes, sizes: Sequence[int]) -> Iterator[Member]:
+    """Yield the members in the order of the file."""
     end = 0
-    for name, size, content in _contents(entries):
+    for name, size, content in _contents(table, sizes):
         path = f"{_ROOT}/{name}"
         large = _FIELD.size + 16 if size >= _LARGE else 0
         start = end + _LOCAL.size + len(path) + large + _FIELD.size
         start += -start % _ALIGNMENT
-        members.append(Member(path, end, start, size, content))
+        yield Member(path, end, start, size, content)
         end = start + size
-    listed = sum(len(member.listing(0)) for member in members)
-    return ArchiveLayout(tuple(members), end + len(_with_end(bytes(listed), len(members), end)))
 
 
-def _contents(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, int, bytes | None]]:
+def _contents(table: bytes, sizes: Sequence[int]) -> Iterator[tuple[str, int, bytes | None]]:
     """Yield (name, bytes, content where it is no tensor) of each member."""
-    for name, content in (("data.pkl", table_pickle(entries)), ("byteorder", b"little")):
-        yield name, len(content), content
-    for key, entry in enumerate(entries):
-        yield f"data/{key}", entry.byte_count, None
+    yield "data.pkl", len(table), table
+    yield "byteorder", 6, b"little"
+    for key, size in enumerate(sizes):
+        yield f"data/{key}", size, None
     yield "version", 2, b"3\n"
 
 
@@ -147,11 +155,11 @@ def _field(kind: int, raw: bytes) -> bytes:
     return _FIELD.pack(kind, len(raw)) + raw
 
 
-def _with_end(listed: bytes, count: int, start: int) -> bytes:
-    """Return the list of members with what follows it to the end of the file."""
-    size, end = len(listed), b""
+def _end(size: int, count: int, start: int) -> bytes:
+    """Return what follows the list of members, which takes `size` bytes from `start` on, to the end of the file."""
+    end = b""
     if count >= _MANY or start + size >= _LARGE:
         fields = (_END_64.size - 12, _VERSION_64, _VERSION_64, 0, 0, count, count, size, start)
         end = _END_64.pack(b"PK\x06\x06", *fields) + _LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
     count, size, start = min(count, _MANY), min(size, _LARGE), min(start, _LARGE)
-    return listed + end + _END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)
+    return end + _END.pack(b"PK\x05\x06", 0, 0, count, count, size, start, 0)

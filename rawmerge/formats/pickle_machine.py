@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 from rawmerge.errors import AdapterError, Problem, quote
@@ -50,15 +51,9 @@ class Meanings(Protocol):
         """Return what a persistent id stands for."""
 
 
-class _Mark:
-    """Where a batch begins on the stack."""
-
-
-_MARK: Final = _Mark()
-#: Opcodes that push their argument, a constant, or a tuple of what they pop.
-_VALUES: Final = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"})
+#: Opcodes that push their argument, or a constant, or a tuple of what they pop, and those that change nothing.
+_VALUES: Final = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 _CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
-    "MARK": lambda: _MARK,
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
@@ -67,6 +62,7 @@ _CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
     "EMPTY_TUPLE": tuple,
 }
 _TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_IDLE: Final = ("PROTO", "FRAME")
 
 
 class PickleMachine:
@@ -76,20 +72,26 @@ class PickleMachine:
         """Make a machine with an empty stack; `path` is the pickle's file, for messages."""
         self._path = path
         self._stack: list[Any] = []
+        self._marks: list[int] = []  # how much of the stack lay below the batch that was open before, of each
+        self._below = 0  # how much of it lies below the one that is open now
         self._memo: dict[int, Any] = {}
         self._meanings: Meanings
-        self._operations: dict[str, Callable[[Any], None]] = {
-            "PROTO": lambda _: None,
-            "FRAME": lambda _: None,
+        push = self._stack.append
+        self._operations: dict[str, Callable[[Any], Any]] = {
+            **dict.fromkeys(_IDLE, lambda _: None),
+            **dict.fromkeys(_VALUES, push),
+            **{name: partial(self._push_made, made) for name, made in _CONSTANTS.items()},
+            **{name: partial(self._push_tuple, count) for name, count in _TUPLES.items()},
+            "MARK": lambda _: self._mark(),
             "BINPUT": self._put,
             "LONG_BINPUT": self._put,
             "MEMOIZE": lambda _: self._put(len(self._memo)),
             "BINGET": self._get,
             "LONG_BINGET": self._get,
-            "TUPLE": lambda _: self._stack.append(tuple(self._pop_to_mark())),
+            "TUPLE": lambda _: push(tuple(self._pop_to_mark())),
             "GLOBAL": self._global,
             "STACK_GLOBAL": lambda _: self._global(_joined(*self._pop(2))),
-            "BINPERSID": lambda _: self._stack.append(self._meanings.reference(*self._pop(1))),
+            "BINPERSID": lambda _: push(self._meanings.reference(*self._pop(1))),
             "REDUCE": lambda _: self._call(*self._pop(2)),
             "BUILD": lambda _: self._build(*self._pop(2)),
             "SETITEM": lambda _: self._set_items(self._pop(2)),
@@ -113,10 +115,14 @@ class PickleMachine:
                 break
             if opcode.name == "FRAME" and (place or 0) + _FRAME_BYTES + (argument or 0) > len(raw):
                 raise ValueError("a frame that goes on past the end")
-            self._step(opcode.name, argument)
-            if len(self._stack) > _MAX_STACK:
+            if opcode.name not in self._operations:
+                raise self._refuse("opcodes that a table of tensors needs", opcode.name)
+            self._operations[opcode.name](argument)
+            if len(self._stack) + len(self._marks) > _MAX_STACK:
                 raise self._refuse("batches of 1000 entries", "one of very many")
         (result,) = self._stack
+        if self._marks:
+            raise ValueError("a batch without an end")
         return result
 
     def subject(self) -> str:
@@ -124,44 +130,50 @@ class PickleMachine:
         name = next((value for value in reversed(self._stack) if isinstance(value, str)), "")
         return f"{self._path}: {name}" if name else self._path
 
-    def _step(self, name: str, argument: Any) -> None:
-        if name in _VALUES:
-            self._stack.append(argument)
-        elif name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name]())
-        elif name in _TUPLES:
-            self._stack.append(tuple(self._pop(_TUPLES[name])))
-        elif name in self._operations:
-            self._operations[name](argument)
-        else:
-            raise self._refuse("opcodes that a table of tensors needs", name)
+    def _push_made(self, made: Callable[[], Any], _: Any) -> None:
+        self._stack.append(made())
+
+    def _push_tuple(self, count: int, _: Any) -> None:
+        self._stack.append(tuple(self._pop(count)))
 
     def _put(self, place: Any) -> None:
-        self._memo[place] = self._stack[-1]
+        self._memo[place] = self._top()
 
     def _get(self, place: Any) -> None:
         self._stack.append(self._memo[place])
 
     def _append(self, values: list[Any]) -> None:
-        if not isinstance(self._stack[-1], list):
+        target = self._top()
+        if not isinstance(target, list):
             raise TypeError("not a list")
-        self._stack[-1].extend(values)
+        target.extend(values)
+
+    def _top(self) -> Any:
+        if len(self._stack) <= self._below:
+            raise IndexError("stack underflow")
+        return self._stack[-1]
 
     def _pop(self, count: int) -> list[Any]:
-        if len(self._stack) < count:
+        """Return the last values; none from below the batch that is open, as torch does."""
+        place = len(self._stack) - count
+        if place < self._below:
             raise IndexError("stack underflow")
-        values = self._stack[-count:]
-        del self._stack[-count:]
+        values = self._stack[place:]
+        del self._stack[place:]
         return values
 
+    def _mark(self) -> None:
+        self._marks.append(self._below)
+        self._below = len(self._stack)
+
     def _pop_to_mark(self) -> list[Any]:
-        place = max(index for index, value in enumerate(self._stack) if value is _MARK)
-        values = self._stack[place + 1 :]
+        place, self._below = self._below, self._marks.pop()
+        values = self._stack[place:]
         del self._stack[place:]
         return values
 
     def _set_items(self, items: list[Any]) -> None:
-        table = self._stack[-1]
+        table = self._top()
         if not isinstance(table, dict) or len(items) % 2:
             raise TypeError("not a table")
         for name, value in zip(items[::2], items[1::2], strict=True):

@@ -9,7 +9,7 @@ dtypes go by `_rebuild_tensor_v2`, which by `_rebuild_tensor_v3`); the opcodes a
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Final
 
@@ -43,41 +43,48 @@ _BARE_DTYPES: Final = {
     "U32": "torch uint32",
     "U64": "torch uint64",
 }
+_KNOWN: Final = _STORAGES.keys() | _BARE_DTYPES.keys()
 #: What `torch.save` puts into one SETITEMS, as `pickle` does.
 _BATCH: Final = 1000
 _PROTOCOL: Final = b"\x80\x02"
 
 
-def table_problems(name: str, entries: Sequence[TensorEntry]) -> Iterator[Problem]:
-    """Yield why tensors cannot be written so that torch, and we, read them again.
+def dtype_problems(entries: Iterable[TensorEntry]) -> Iterator[Problem]:
+    """Yield which tensors torch has no dtype for.
+
+    Args:
+        entries: of any dtype of safetensors.
+    """
+    expected, hint = "a dtype that torch.save writes, for --format bin", "--format safetensors keeps it as it is"
+    unknown = (entry for entry in entries if entry.dtype not in _KNOWN)
+    yield from (Problem(entry.name, expected, quote(entry.dtype), hint) for entry in unknown)
+
+
+def length_problems(name: str, table: bytes, count: int) -> Iterator[Problem]:
+    """Yield whether a table of so many tensors is too long for us to read it again.
 
     Args:
         name: of the file.
-        entries: as `table_pickle` takes them, but of any dtype.
+        table: from `table_pickle`.
+        count: how many tensors it lists.
     """
-    unknown = [entry for entry in entries if entry.dtype not in _STORAGES | _BARE_DTYPES]
-    for entry in unknown:
-        expected, hint = "a dtype that torch.save writes, for --format bin", "--format safetensors keeps it as it is"
-        yield Problem(entry.name, expected, quote(entry.dtype), hint)
-    if not unknown and (size := len(table_pickle(entries))) > MAX_PICKLE_BYTES:
+    if len(table) > MAX_PICKLE_BYTES:
         hint = "cut the output with --max-shard-size, or take --format safetensors"
-        found = f"{size} bytes, for {len(entries)} tensors"
-        yield Problem(name, f"a table of tensors of at most {MAX_PICKLE_BYTES} bytes, for --format bin", found, hint)
+        expected = f"a table of tensors of at most {MAX_PICKLE_BYTES} bytes, for --format bin"
+        yield Problem(name, expected, f"{len(table)} bytes, for {count} tensors", hint)
 
 
 def table_pickle(entries: Sequence[TensorEntry]) -> bytes:
     """Return the pickle of a `dict` of contiguous tensors on the CPU, in this order.
 
     Args:
-        entries: names, dtypes that `table_problems` passes, and shapes; where they lie does not matter.
+        entries: names, dtypes that `dtype_problems` passes, and shapes; where they lie does not matter.
     """
     memo = _Memo()
     parts = [_PROTOCOL, b"}"]
     for start in range(0, len(entries), _BATCH):
-        parts.append(b"(")
-        for key, entry in enumerate(entries[start : start + _BATCH], start):
-            parts += _item(str(key), entry, memo)
-        parts.append(b"u")
+        batch = enumerate(entries[start : start + _BATCH], start)
+        parts.append(b"(" + b"".join(part for key, entry in batch for part in _item(str(key), entry, memo)) + b"u")
     return b"".join([*parts, b"."])
 
 

@@ -16,12 +16,16 @@ from rawmerge.matching.tie import find_tie
 
 def without_tied_copy(base: BaseCheckpoint) -> BaseCheckpoint:
     """Return the base without an output projection that is its input embedding's bytes, if loaders tie the two."""
+    name = tied_copy(base)
+    return _without(base, name) if name else base
+
+
+def tied_copy(base: BaseCheckpoint) -> str:
+    """Return an output projection's name that is its input embedding's bytes, tied by loaders; else an empty string."""
     tie = find_tie(base.config, DiskNames(base, ""))
     if tie is None or not tie.is_certain or not tie.is_written:
-        return base
-    if not base.tensors[tie.output].is_same_place(base.tensors[tie.input]):
-        return base
-    return _without(base, tie.output)
+        return ""
+    return tie.output if base.tensors[tie.output].is_same_place(base.tensors[tie.input]) else ""
 
 
 def _without(base: BaseCheckpoint, name: str) -> BaseCheckpoint:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from rawmerge.errors import RefusedError
-from rawmerge.formats.archive_layout import archive_layout
 from rawmerge.formats.shard_names import is_pickle
 from rawmerge.inputs.tensor_source import read_pickle_file, read_shard_file
 from rawmerge.merge_plan import ShardPlan
 
 
-def first_bytes(shard: ShardPlan) -> tuple[int, ...]:
+def first_bytes(shard: ShardPlan) -> Sequence[int]:
     """Return where each tensor begins in the file, in the order of the steps."""
     if is_pickle(shard.name):
-        return tuple(member.start for member in archive_layout([step.entry for step in shard.steps]).tensors)
+        return shard.layout.tensor_starts
     return tuple(shard.data_start + step.entry.start for step in shard.steps)
 
 

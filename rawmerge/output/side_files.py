@@ -99,6 +99,24 @@ def list_side_files(root: Path, own_names: Collection[str]) -> tuple[tuple[SideF
     return kept, tuple(item for item in found if isinstance(item, LeftOut) and item.name not in own_names)
 
 
+def apart_from(files: Iterable[SideFile], names: Collection[str]) -> tuple[tuple[SideFile, ...], tuple[LeftOut, ...]]:
+    """Return the files that an output with these files at its top can have, and what it cannot: such names, or below.
+
+    Args:
+        files: side files.
+        names: of files at the output's top.
+    """
+    kept, gone = [], {}
+    for file in files:
+        top, *below = file.name.split("/")
+        if top in names:
+            shown = f"{top}/" if below else top
+            gone[shown] = LeftOut(shown, "the output has a file of its own by this name")
+        else:
+            kept.append(file)
+    return tuple(kept), tuple(gone.values())
+
+
 def list_tokenizer_files(root: Path) -> tuple[SideFile, ...]:
     """Return the files of a tokenizer and its chat templates that lie in a directory, sorted by name.
 

@@ -73,8 +73,14 @@ def _forget(paths: Iterable[str]) -> None:
             os.close(descriptor)
 
 
-def layout_problems(plan: MergePlan, tensors: Mapping[str, TensorSource]) -> Iterator[Problem]:
-    """Yield what is missing from a checkpoint, or there without reason, or of another dtype or shape."""
+def layout_problems(plan: MergePlan, tensors: Mapping[str, TensorSource], second_name: str = "") -> Iterator[Problem]:
+    """Yield what is missing from a checkpoint, or there without reason, or of another dtype or shape.
+
+    Args:
+        plan: what the checkpoint should hold.
+        tensors: the checkpoint's.
+        second_name: one of them that another's bytes may have beside its own.
+    """
     names = set()
     for step in plan.steps():
         entry, found = step.entry, tensors.get(step.entry.name)
@@ -86,5 +92,5 @@ def layout_problems(plan: MergePlan, tensors: Mapping[str, TensorSource]) -> Ite
             hint = _dtype_hint(found.dtype) if found.shape == entry.shape else ""
             yield Problem(entry.name, expected, f"{found.dtype} {list(found.shape)}", hint)
     for name, found in tensors.items():
-        if name not in names:
+        if name not in names and name != second_name:
             yield Problem(name, "no such tensor", f"{found.dtype} {list(found.shape)}")

@@ -13,6 +13,7 @@ from rawmerge.formats.card_metadata import CARD_NAME
 from rawmerge.formats.model_config import ModelConfig
 from rawmerge.inputs.adapter import is_adapter
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint, read_base
+from rawmerge.matching.tied_copies import tied_copy
 from rawmerge.merge_options import MergeOptions
 from rawmerge.merge_plan import MergePlan
 from rawmerge.output.manifest import MANIFEST_NAME
@@ -92,7 +93,7 @@ class OutputVerifier:
             return self._halted(replayed=True)
         differences = replay(plan, found.tensors, options, report)
         problems = (
-            *layout_problems(plan, found.tensors),
+            *layout_problems(plan, found.tensors, tied_copy(found)),
             *diagnose(plan, differences, tolerance),
             *(file_problems(plan, found, record.fields) if record.exists else ()),
         )
