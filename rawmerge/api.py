@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -137,12 +139,20 @@ def verify_merge(
             return verifier.alone()
         chosen = verifier.options(given, len(named_adapters(adapter)))
     plan = plan_inputs(base, adapter, chosen)
-    try:
+    with _unverified(at):
         return verifier.against(plan, run, tolerance=tolerance, report=progress)
+
+
+@contextmanager
+def _unverified(output: Path) -> Iterator[None]:
+    """Make a MergeError of what the system says against reading."""
+    try:
+        yield
     except OSError as error:
         if isinstance(error, RawmergeError):
             raise
-        raise MergeError(f"{quote(error.filename or at)}: {error.strerror or error}; it was not verified") from error
+        found = f"{quote(error.filename or output)}: {error.strerror or error}"
+        raise MergeError(f"{found}; it was not verified") from error
 
 
 def inspect_path(path: str | os.PathLike[str]) -> Inspection:
