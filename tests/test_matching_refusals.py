@@ -208,10 +208,10 @@ REFUSED: dict[str, tuple[Tensors, Any, Tensors, dict[str, Any], str]] = {
     ),
     "a stored embedding that may be tied to an unknown head": (
         {"backbone.embeddings.weight": torch.ones(20, 8)},
-        {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "tie_word_embeddings": True},
+        {"model_type": "own", "architectures": ["OwnForCausalLM"], "tie_word_embeddings": True},
         with_prefix({"backbone.embeddings.weight": torch.zeros(20, 8)}),
         {"modules_to_save": ["embeddings"]},
-        "tied embeddings in MambaForCausalLM",
+        "tied embeddings in OwnForCausalLM",
     ),
 }
 
