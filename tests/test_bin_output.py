@@ -712,7 +712,7 @@ def test_a_file_that_cannot_be_read_back_is_named(
         rawmerge.merge_adapter(*layered, tmp_path / "out", format="bin")
 
 
-@pytest.mark.parametrize("mode", ["bin", "consume-bin"])
+@pytest.mark.parametrize("mode", ["bin", pytest.param("consume-bin", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("step", "kills"), [(19, 1), pytest.param(1, 200, marks=pytest.mark.slow)])
 def test_killed_before_any_file_operation_the_next_run_ends_with_the_same_bytes(
     tmp_path: Path, mode: str, step: int, kills: int

@@ -152,6 +152,7 @@ def test_a_wrong_block_would_show(
 
 
 @needs_kernel
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MKL's variable")
 def test_the_libraries_own_compatible_mode_has_the_same_output_by_torch(
     cache: Path, merge_inputs: tuple[Path, Path], tmp_path: Path
@@ -214,6 +215,7 @@ rawmerge.merge_adapter(*sys.argv[1:4])
 
 
 @needs_kernel
+@pytest.mark.slow
 def test_low_products_follow_the_thread_count_of_a_caller_who_has_torch(cache: Path, tmp_path: Path) -> None:
     """Their bits depend on it, so what was found with torch's own count must not be used with another."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -282,7 +284,9 @@ def test_a_tile_that_is_left_to_torch_is_cut_as_torch_cuts_it(cache: Path, tmp_p
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(1, 1, 17), (1, 1, 64), (7, 1, 4), (2, 1, 9)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 17), (7, 1, 4), *(pytest.param(at, marks=pytest.mark.slow) for at in ((1, 1, 64), (2, 1, 9)))]
+)
 def test_a_few_elements_prove_no_order_of_sums(cache: Path, tmp_path: Path, shape: tuple[int, int, int]) -> None:
     rows, columns, rank = shape
     base, adapter = tmp_path / "base", tmp_path / "adapter"

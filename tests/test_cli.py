@@ -218,7 +218,9 @@ def run_on_terminal(columns: int, lines: int, *arguments: object) -> str:
     return drawn.decode()
 
 
-@pytest.mark.parametrize(("columns", "lines"), [(120, 24), (0, 24), (0, 0)])  # 0: what recorders and containers say
+@pytest.mark.parametrize(
+    ("columns", "lines"), [(120, 24), pytest.param(0, 24, marks=pytest.mark.slow), (0, 0)]
+)  # 0: of recorders
 def test_a_bar_is_drawn_on_a_terminal_only(tiny: Paths, tmp_path: Path, columns: int, lines: int) -> None:
     drawn = run_on_terminal(columns, lines, "merge", *tiny, "--output", tmp_path / "out")
     assert "%|" in drawn

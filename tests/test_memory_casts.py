@@ -53,7 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options",
     [
         (*HALF, *DOUBLE, "--threads", "2"),
-        pytest.param((*HALF, *LIKE, *NO_KERNEL, "--threads", "2"), marks=needs_transformers),
+        pytest.param((*HALF, *LIKE, *NO_KERNEL, "--threads", "2"), marks=[needs_transformers, pytest.mark.slow]),
     ],
     ids=" ".join,
 )

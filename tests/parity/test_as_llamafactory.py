@@ -124,6 +124,7 @@ def llama(tmp_path: Path) -> Path:
     return oracle.save_base(tmp_path / "base", tiny.CAUSAL, tiny.llama(), torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_process")
 def test_the_program_answers_in_a_process_of_its_own(tmp_path: Path, llama: Path) -> None:
     adapter = oracle.save_adapter(oracle.pretrained(llama, tiny.CAUSAL), tmp_path / "adapter", **ATTENTION)
