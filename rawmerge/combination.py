@@ -20,19 +20,10 @@ from rawmerge.engine.tiles import Matrix, block_elements
 from rawmerge.errors import Problem
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.merge_options import COMBINATIONS, MAJORITY_SIGNS
-from rawmerge.merge_plan import (
-    COMBINATION,
-    ROUNDING,
-    WINDOWS,
-    ReplaceTensor,
-    Setting,
-    Update,
-    UpdateTensor,
-    Window,
-    matrix_of,
-)
+from rawmerge.merge_plan import COMBINATION, ROUNDING, WINDOWS, ReplaceTensor, Setting, Update, UpdateTensor, matrix_of
 from rawmerge.methods import combined_lora, lora
 from rawmerge.methods.interface import COLUMNS, ROWS, WHOLE, number
+from rawmerge.window import Window
 
 _KIND: Final = "kind"
 _WINDOW: Final = WINDOWS.removeprefix("/")

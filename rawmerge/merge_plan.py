@@ -23,7 +23,7 @@ from rawmerge.merge_options import MergeOptions
 from rawmerge.methods.interface import ROWS
 from rawmerge.methods.interface import Setting as Setting  # others take it from here
 from rawmerge.output.side_files import LeftOut, SideFile
-from rawmerge.window import Window as Window  # others take it from here
+from rawmerge.window import Window
 
 
 @dataclass(frozen=True, slots=True)

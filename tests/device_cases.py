@@ -17,7 +17,8 @@ from rawmerge.computing.shared_tensors import SharedTensors
 from rawmerge.computing.tile_computer import TensorComputer, TileScratch
 from rawmerge.engine.tiles import TILE_ELEMENTS
 from rawmerge.inputs.tensor_source import OpenFiles
-from rawmerge.merge_plan import UpdateTensor, Window, matrix_of
+from rawmerge.merge_plan import UpdateTensor, matrix_of
+from rawmerge.window import Window
 from tests.builders import random_tensor
 from tests.step_runs import Workbench
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -221,6 +222,17 @@ def faults(place: Path, folder: Path, code: int, mode: Mode) -> list[str]:
         found.append("base shards are left")
     if names := {path.name for path in place.iterdir()} - {"base", "out"}:
         found.append(f"there is more: {sorted(names)}")
+    return found
+
+
+def run_rounds(folder: Path, mode: str, step: int, kills: int) -> dict[str, Any]:
+    """Run the rounds in a process of its own, and return what they found; none may have gone wrong."""
+    command = [sys.executable, "-m", "tests.kill_rounds", mode, str(folder), str(step), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["wrong"] == [], done.stderr
+    assert found["killed"] >= kills
     return found
 
 

@@ -25,7 +25,8 @@ from rawmerge.computing.magnitudes import kth_magnitude
 from rawmerge.computing.random_masks import RandomMask, mask_key
 from rawmerge.engine.tiles import tile_rows
 from rawmerge.errors import PlanError, RefusedError
-from rawmerge.merge_plan import MergePlan, UpdateTensor, Window
+from rawmerge.merge_plan import MergePlan, UpdateTensor
+from rawmerge.window import Window
 from tests.builders import (
     ALPHA,
     PREFIX,

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rawmerge.computing.tile_computer import TileScratch
-from rawmerge.merge_plan import Window
 from rawmerge.methods.expert_lora import ExpertLoraMethod
 from rawmerge.methods.interface import ModuleFacts, Shape, ShapeMismatchError, TileContext
+from rawmerge.window import Window
 from tests.builders import random_tensor
 from tests.step_runs import Workbench
 from tests.strategies import SETTINGS

@@ -25,10 +25,11 @@ from rawmerge.engine.tiles import TILE_ELEMENTS
 from rawmerge.errors import PlanError
 from rawmerge.formats.shard_header import TensorEntry, format_shard_header
 from rawmerge.inputs.tensor_source import OpenFiles, TensorSource
-from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Update, UpdateTensor, Window, matrix_of
+from rawmerge.merge_plan import ReplaceTensor, ShardPlan, Update, UpdateTensor, matrix_of
 from rawmerge.methods import ADAPTER_KINDS, KIND_FIELDS, METHODS
 from rawmerge.methods.interface import Scratch, Setting, TileContext
 from rawmerge.plan_json import format_plan, parse_plan
+from rawmerge.window import Window
 from tests.builders import merged, random_tensor, raw
 from tests.step_runs import Workbench
 from tests.strategies import SETTINGS

@@ -36,10 +36,11 @@ from rawmerge.computing.windowed_update import WindowedUpdate as WindowedUpdate
 from rawmerge.engine.tiles import BLOCK_ELEMENTS, tile_rows
 from rawmerge.errors import UnfitValuesError
 from rawmerge.inputs.tensor_source import OpenFiles
-from rawmerge.merge_plan import COMBINATION, ROUNDING, SUMMED, ReplaceTensor, Update, UpdateTensor, Window, matrix_of
+from rawmerge.merge_plan import COMBINATION, ROUNDING, SUMMED, ReplaceTensor, Update, UpdateTensor, matrix_of
 from rawmerge.methods import METHODS
 from rawmerge.methods.interface import WHOLE, PreparedUpdate, TileContext
 from rawmerge.methods.lora import PreparedLora
+from rawmerge.window import Window
 
 
 class TensorComputer:

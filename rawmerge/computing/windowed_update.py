@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rawmerge.merge_plan import Window
 from rawmerge.methods.interface import PreparedUpdate, Scratch
 from rawmerge.methods.movable import Movable
+from rawmerge.window import Window
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from rawmerge.inputs.adapter import Adapter
 from rawmerge.inputs.base_checkpoint import BaseCheckpoint
 from rawmerge.inputs.tensor_source import TensorSource
 from rawmerge.matching.places import Piece, Place
-from rawmerge.merge_plan import AdapterUse, Update, Window
+from rawmerge.merge_plan import AdapterUse, Update
+from rawmerge.window import Window
 
 
 @dataclass(frozen=True, slots=True)

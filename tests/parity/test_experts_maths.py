@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from rawmerge.merge_plan import Update, UpdateTensor, Window
+from rawmerge.merge_plan import Update, UpdateTensor
 from rawmerge.methods.expert_lora import ExpertLoraMethod
 from rawmerge.methods.interface import ModuleFacts
 from rawmerge.methods.lora import LoraMethod
 from rawmerge.methods.lora_bias import LoraBiasMethod
 from rawmerge.methods.token_rows import TokenRowsMethod
+from rawmerge.window import Window
 from tests.builders import random_tensor, raw
 from tests.step_runs import Workbench
 
